@@ -1,0 +1,427 @@
+"""Collect offline datasets the way D4RL did: train SAC online, keep policies, record them.
+
+    python datasets/collect.py hopper train            # SAC for 300k steps -> policies and recipe
+    python datasets/collect.py hopper medium           # record a tier into Minari's store
+    python datasets/collect.py hopper medium-replay    # run that training again, keep its replay
+
+Tiers, after D4RL (arXiv 2004.07219, section 5); training is evaluated every 5,000 steps:
+
+    random         uniformly random actions
+    medium         the policy of the first evaluation between a third and a half of the best return
+    medium-replay  every transition that the learner saw up to the medium policy
+    expert         the policy of the best evaluation
+    medium-expert  one half medium, one half expert
+
+Policies act stochastically while they are recorded, as D4RL's did. Reference returns are means
+over 100 episodes: 0 = random actions, 100 = the mean action of our expert. The same command gives
+the same `fingerprint` (in the metadata) on the same machine and package versions.
+"""
+
+import argparse
+import copy
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Optional
+
+import gymnasium as gym
+import h5py
+import minari
+import numpy as np
+import torch
+from minari.data_collector import EpisodeBuffer
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+POLICIES = Path(__file__).resolve().parent / "policies"
+ENVIRONMENTS = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5"}
+TIERS = ("random", "medium", "medium-replay", "expert", "medium-expert")
+VERSION = "v0"
+EVAL_SEED = 10_000  # evaluation episodes start from seeds that training never uses
+
+
+class CollectError(Exception):
+    """Something the user can mend."""
+
+
+class Actor(nn.Module):
+    """Squashed Gaussian policy; actions in [-1, 1]^act_dim, scaled to the space by the caller."""
+
+    def __init__(self, obs_dim: int, act_dim: int):
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Linear(obs_dim, 256),
+            nn.ReLU(),
+            nn.Linear(256, 256),
+            nn.ReLU(),
+            nn.Linear(256, 2 * act_dim),
+        )
+
+    def forward(self, obs):
+        """obs [B, obs_dim] -> (sampled action, its log-probability [B], mean action)."""
+        mean, log_std = self.trunk(obs).chunk(2, dim=-1)
+        log_std = log_std.clamp(-20, 2)
+        noise = torch.randn_like(mean)
+        raw = mean + log_std.exp() * noise
+        # log pi(a|s) = log N(raw) - sum log(1 - tanh(raw)^2), in its numerically stable form
+        log_prob = -0.5 * noise.square() - log_std - 0.5 * np.log(2 * np.pi)
+        log_prob = log_prob - 2 * (np.log(2) - raw - F.softplus(-2 * raw))
+        return raw.tanh(), log_prob.sum(-1), mean.tanh()
+
+
+class TwinCritic(nn.Module):
+    """Two Q-functions as one batched network: obs, action -> [2, B]."""
+
+    def __init__(self, obs_dim: int, act_dim: int):
+        super().__init__()
+        sizes = [obs_dim + act_dim, 256, 256, 1]
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for fan_in, fan_out in itertools.pairwise(sizes):
+            bound = fan_in**-0.5
+            self.weights.append(torch.empty(2, fan_in, fan_out).uniform_(-bound, bound))
+            self.biases.append(torch.empty(2, 1, fan_out).uniform_(-bound, bound))
+
+    def forward(self, obs, action):
+        x = torch.cat([obs, action], -1).expand(2, -1, -1)
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, F.relu(x) if i else x, weight)
+        return x.squeeze(-1)
+
+
+class SAC:
+    """Soft actor-critic with a learned temperature, arXiv 1812.05905, equations 5, 7 and 18."""
+
+    def __init__(self, obs_dim: int, act_dim: int):
+        self.actor, self.critic = Actor(obs_dim, act_dim), TwinCritic(obs_dim, act_dim)
+        self.target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_alpha = torch.zeros((), requires_grad=True)
+        self.target_entropy = -float(act_dim)
+        self.actor_opt = torch.optim.Adam(self.actor.parameters(), 3e-4, fused=True)
+        self.critic_opt = torch.optim.Adam(self.critic.parameters(), 3e-4, fused=True)
+        self.alpha_opt = torch.optim.Adam([self.log_alpha], 3e-4)
+
+    def update(self, obs, action, reward, next_obs, terminated):
+        alpha = self.log_alpha.detach().exp()
+        with torch.no_grad():
+            next_action, next_log_prob, _ = self.actor(next_obs)
+            next_v = self.target(next_obs, next_action).amin(0) - alpha * next_log_prob
+            target = reward + 0.99 * (1 - terminated) * next_v
+        critic_loss = (self.critic(obs, action) - target).square().mean(-1).sum()
+        self.critic_opt.zero_grad()
+        critic_loss.backward()
+        self.critic_opt.step()
+
+        new_action, log_prob, _ = self.actor(obs)
+        actor_loss = (alpha * log_prob - self.critic(obs, new_action).amin(0)).mean()
+        self.actor_opt.zero_grad()
+        actor_loss.backward(inputs=list(self.actor.parameters()))
+        self.actor_opt.step()
+
+        alpha_loss = -self.log_alpha * (log_prob.detach() + self.target_entropy).mean()
+        self.alpha_opt.zero_grad()
+        alpha_loss.backward()
+        self.alpha_opt.step()
+        torch._foreach_lerp_(list(self.target.parameters()), list(self.critic.parameters()), 0.005)
+
+
+def progress(what: str, total: int) -> tqdm:
+    """A bar with the time left, or a plain line every ten seconds where there is no terminal."""
+    plain = "{desc}: {n_fmt}/{total_fmt} steps, {rate_fmt}, {remaining} left\n"
+    style = {} if sys.stderr.isatty() else {"mininterval": 10, "bar_format": plain}
+    return tqdm(desc=what, total=total, unit=" steps", **style)
+
+
+def rescale(action, space):
+    """[-1, 1] -> the environment's bounds."""
+    return (space.low + (action + 1) * 0.5 * (space.high - space.low)).astype(np.float32)
+
+
+def evaluate(actor: Actor, env_id: str, episodes: int, seed: int = EVAL_SEED) -> list[float]:
+    """Undiscounted returns of the mean action, all episodes side by side."""
+    envs = [gym.make(env_id) for _ in range(episodes)]
+    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
+    returns, alive = np.zeros(episodes), list(range(episodes))
+    while alive:
+        with torch.no_grad():
+            mean, _ = actor.trunk(torch.as_tensor(obs[alive], dtype=torch.float32)).chunk(2, dim=-1)
+        for i, action in zip(list(alive), mean.tanh().numpy(), strict=True):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(
+                rescale(action, envs[i].action_space)
+            )
+            returns[i] += reward
+            if terminated or truncated:
+                alive.remove(i)
+    return returns.tolist()
+
+
+def train_sac(
+    env_id: str, steps: int, seed: int, on_eval=None, eval_every: int = 5_000
+) -> list[EpisodeBuffer]:
+    """Train online for `steps` environment steps, one update each after 5,000 random ones.
+
+    Returns all that the learner saw, as episodes, and calls `on_eval(step, actor)` every
+    `eval_every` steps. Evaluation touches no generator that training draws from, so a shorter run
+    is the beginning of a longer one.
+    """
+    torch.manual_seed(seed)
+    rng, env, bar = np.random.default_rng(seed), gym.make(env_id), progress(f"SAC {env_id}", steps)
+    obs_dim, act_dim = sizes(env_id)
+    agent, episodes = SAC(obs_dim, act_dim), []
+    shapes = {"obs": (obs_dim,), "action": (act_dim,), "reward": ()}
+    shapes |= {"next_obs": (obs_dim,), "terminated": ()}
+    replay = {name: torch.zeros(steps, *shape) for name, shape in shapes.items()}
+    observations, actions, rewards = [env.reset(seed=seed)[0]], [], []
+    for step in range(steps):
+        obs = torch.as_tensor(observations[-1], dtype=torch.float32)
+        if step < 5_000:
+            action = rng.uniform(-1, 1, act_dim).astype(np.float32)
+        else:
+            with torch.no_grad():
+                action = agent.actor(obs[None])[0][0].numpy()
+        next_obs, reward, terminated, truncated, _ = env.step(rescale(action, env.action_space))
+        for name, value in zip(replay, (obs, action, reward, next_obs, terminated), strict=True):
+            replay[name][step] = torch.as_tensor(value, dtype=torch.float32)
+        observations.append(next_obs)
+        actions.append(rescale(action, env.action_space))
+        rewards.append(reward)
+        if terminated or truncated or step + 1 == steps:
+            episodes.append(as_episode(observations, actions, rewards, terminated))
+            observations, actions, rewards = [env.reset()[0]], [], []
+        if step >= 5_000:
+            rows = torch.as_tensor(rng.integers(0, step + 1, 256))
+            agent.update(**{name: values[rows] for name, values in replay.items()})
+        bar.update()
+        if on_eval and (step + 1) % eval_every == 0:
+            on_eval(step + 1, agent.actor)
+    return episodes
+
+
+def as_episode(observations, actions, rewards, terminated) -> EpisodeBuffer:
+    """T + 1 observations, T actions and rewards; an episode that did not terminate is truncated."""
+    terminations = np.zeros(len(rewards), bool)
+    truncations = np.zeros(len(rewards), bool)
+    terminations[-1], truncations[-1] = terminated, not terminated
+    return EpisodeBuffer(
+        observations=np.asarray(observations, np.float32),
+        actions=np.asarray(actions, np.float32),
+        rewards=np.asarray(rewards, np.float32),
+        terminations=terminations,
+        truncations=truncations,
+    )
+
+
+def record(actor: Optional[Actor], env_id: str, steps: int, seed: int) -> list[EpisodeBuffer]:
+    """`steps` steps of a stochastic policy (None: uniformly random); the last episode is cut."""
+    torch.manual_seed(seed)
+    rng, env = np.random.default_rng(seed), gym.make(env_id)
+    bar, episodes, total = progress(f"recording {env_id}", steps), [], 0
+    while total < steps:
+        obs, _ = env.reset(seed=seed + len(episodes))
+        observations, actions, rewards, terminated, truncated = [obs], [], [], False, False
+        while not (terminated or truncated) and total < steps:
+            if actor is None:
+                action = rng.uniform(-1, 1, env.action_space.shape)
+            else:
+                with torch.no_grad():
+                    action = actor(torch.as_tensor(obs, dtype=torch.float32)[None])[0][0].numpy()
+            action = rescale(action, env.action_space)
+            obs, reward, terminated, truncated, _ = env.step(action)
+            observations.append(obs)
+            actions.append(action)
+            rewards.append(reward)
+            total += 1
+            bar.update()
+        episodes.append(as_episode(observations, actions, rewards, terminated))
+    return episodes
+
+
+def random_returns(env_id: str, episodes: int) -> list[float]:
+    """Undiscounted returns of uniformly random actions."""
+    env, returns = gym.make(env_id), []
+    for i in range(episodes):
+        env.reset(seed=EVAL_SEED + i)
+        env.action_space.seed(EVAL_SEED + i)
+        total, ended = 0.0, False
+        while not ended:
+            _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+            total, ended = total + reward, terminated or truncated
+        returns.append(total)
+    return returns
+
+
+def choose(curve: list) -> tuple[int, int]:
+    """Training steps of the medium and the expert policy, from [(step, mean return), ...]."""
+    best_step, best = max(curve, key=lambda point: point[1])
+    for step, value in curve:
+        if best / 3 <= value <= best / 2:
+            return step, best_step
+    raise CollectError(f"no evaluation lies within {best / 3:.0f} to {best / 2:.0f}: change --seed")
+
+
+def train(robot: str, steps: int, seed: int) -> None:
+    """SAC, then the chosen policies with their recipe into datasets/policies/<robot>.pt."""
+    env_id, curve, actors = ENVIRONMENTS[robot], [], {}
+
+    def on_eval(step, actor):
+        curve.append((step, float(np.mean(evaluate(actor, env_id, 10)))))
+        actors[step] = copy.deepcopy(actor.state_dict())
+        print(f"step {step:,}: return {curve[-1][1]:.1f}", flush=True)
+
+    train_sac(env_id, steps, seed, on_eval)
+    keep(robot, env_id, seed, curve, actors)
+
+
+def keep(robot: str, env_id: str, seed: int, curve: list, actors: dict) -> None:
+    medium_step, expert_step = choose(curve)
+    expert = Actor(*sizes(env_id))
+    expert.load_state_dict(actors[expert_step])
+    recipe = {
+        "env_id": env_id,
+        "algorithm": "SAC",
+        "seed": seed,
+        "medium_step": medium_step,
+        "medium_return": dict(curve)[medium_step],
+        "expert_step": expert_step,
+        "expert_return": dict(curve)[expert_step],
+        "training_steps": curve[-1][0],
+        "ref_min_score": float(np.mean(random_returns(env_id, 100))),
+        "ref_max_score": float(np.mean(evaluate(expert, env_id, 100))),
+        "curve": [list(point) for point in curve],
+    }
+    policies = {"recipe": recipe, "medium": actors[medium_step], "expert": actors[expert_step]}
+    POLICIES.mkdir(exist_ok=True)
+    torch.save(policies, POLICIES / f"{robot}.pt")
+    print(
+        f"kept in {POLICIES / robot}.pt: "
+        + json.dumps({k: v for k, v in recipe.items() if k != "curve"})
+    )
+
+
+def sizes(env_id: str) -> tuple[int, int]:
+    env = gym.make(env_id)
+    return env.observation_space.shape[0], env.action_space.shape[0]
+
+
+def collect(robot: str, tier: str, steps: int, seed: int, policies: dict) -> list[EpisodeBuffer]:
+    """The episodes of one tier."""
+    recipe, env_id = policies["recipe"], ENVIRONMENTS[robot]
+    if tier == "random":
+        return record(None, env_id, steps, seed)
+    if tier == "medium-replay":
+        return train_sac(env_id, recipe["medium_step"], recipe["seed"])
+    if tier == "medium-expert":
+        halves = (collect(robot, name, steps // 2, seed, policies) for name in ("medium", "expert"))
+        return [episode for half in halves for episode in half]
+    actor = Actor(*sizes(env_id))
+    actor.load_state_dict(policies[tier])
+    return record(actor, env_id, steps, seed)
+
+
+def fingerprint(episodes: list[EpisodeBuffer]) -> str:
+    """Of the content alone, as the training scripts print it: lengths, then each array."""
+    digest = hashlib.sha256(np.array([len(e.rewards) for e in episodes], "<i8").tobytes())
+    for name in ("actions", "observations", "rewards", "terminations", "truncations"):
+        digest.update(np.concatenate([getattr(e, name) for e in episodes]).astype("<f4").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def write(episodes: list[EpisodeBuffer], dataset_id: str, target: Path, about: dict) -> None:
+    """Write a Minari dataset to the folder `target`: built beside it, then moved."""
+    space = gym.make(about["env_id"]).observation_space
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        os.environ["MINARI_DATASETS_PATH"] = temporary
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Minari advises on optional metadata
+            dataset = minari.create_dataset_from_buffers(
+                dataset_id,
+                episodes,
+                env=about["env_id"],
+                observation_space=gym.spaces.Box(space.low, space.high, dtype=np.float32),
+                algorithm_name=about["algorithm"],
+                author="The Stitch authors",
+                code_permalink="datasets/collect.py",
+                ref_min_score=about["ref_min_score"],
+                ref_max_score=about["ref_max_score"],
+                description=about["description"],
+                requirements=[f"mujoco=={importlib.metadata.version('mujoco')}"],
+            )
+        folder = Path(temporary, dataset_id)
+        pack(folder / "data" / "main_data.hdf5")
+        dataset.storage.update_metadata({**about, "dataset_size": dataset.storage.get_size()})
+        folder.rename(target)
+
+
+def pack(path: Path) -> None:
+    """Write an HDF5 file again with one compressed chunk an array; Minari's own has neither."""
+    packed = path.with_suffix(".packed")
+    with h5py.File(path) as old, h5py.File(packed, "w", libver="latest") as new:
+        for name, episode in old.items():
+            group = new.create_group(name)
+            group.attrs.update(episode.attrs)
+            for key, array in episode.items():
+                values = array[()]
+                group.create_dataset(
+                    key,
+                    data=values,
+                    chunks=values.shape,
+                    compression="gzip",
+                    compression_opts=9,
+                    shuffle=True,
+                )
+    packed.replace(path)
+
+
+def record_tier(robot: str, tier: str, steps: int, seed: int, out: Optional[Path]) -> None:
+    """Collect one tier and write it as a Minari dataset, to `out` or into Minari's store."""
+    dataset_id = f"stitch/{robot}/{tier}-{VERSION}"
+    target = (out or minari.storage.datasets_root_dir.get_dataset_path(dataset_id)).resolve()
+    file = POLICIES / f"{robot}.pt"
+    if target.exists():
+        raise CollectError(f"{target} exists: delete it, or give another --out")
+    if not file.is_file():
+        raise CollectError(f"{file} is not there: run 'collect.py {robot} train' first")
+    policies = torch.load(file, weights_only=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    episodes = collect(robot, tier, steps, seed, policies)
+    about = {name: value for name, value in policies["recipe"].items() if name != "curve"}
+    about |= {"tier": tier, "collection_seed": seed, "fingerprint": fingerprint(episodes)}
+    about["source"] = "collected by datasets/collect.py"
+    about["description"] = (
+        f"{robot} {tier} in {about['env_id']}, {about['source']}. Not D4RL's data: a score of 100 "
+        "is the return of the best policy of this collection."
+    )
+    write(episodes, dataset_id, target, about)
+    steps = sum(len(e.rewards) for e in episodes)
+    print(f"{target}: {steps:,} steps, {len(episodes):,} episodes, content {about['fingerprint']}")
+
+
+def main(argv=None) -> int:
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(description=__doc__, **style)
+    parser.add_argument("robot", choices=ENVIRONMENTS)
+    parser.add_argument("what", choices=("train", *TIERS))
+    parser.add_argument("--steps", type=int, help="to train (300,000) or to record (200,000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder of the dataset; default: Minari's store")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # the order of sums, and so every bit, depends on it
+    try:
+        if args.what == "train":
+            train(args.robot, args.steps or 300_000, args.seed)
+        else:
+            record_tier(args.robot, args.what, args.steps or 200_000, args.seed, args.out)
+    except (CollectError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Toy data and the scripts, for all tests. Nothing here needs a network or MuJoCo."""
+
+import importlib.util
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import gymnasium as gym
+import minari
+import numpy as np
+import pytest
+import torch
+from minari.data_collector import EpisodeBuffer
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(path.stem for path in (REPOSITORY / "algorithms").glob("*.py"))
+TOY = "toy/pendulum-v0"
+# Observation 3, action 1 within [-2, 2] (so that scaling shows), episodes of 20 steps.
+TOY_ENV = gym.envs.registration.EnvSpec(
+    "ToyPendulum-v0",
+    entry_point="gymnasium.envs.classic_control.pendulum:PendulumEnv",
+    max_episode_steps=20,
+)
+
+torch.set_num_threads(1)
+
+
+def load_script(name: str):
+    """A script as a module, loaded once."""
+    key = f"algorithms.{name}"
+    if key not in sys.modules:
+        spec = importlib.util.spec_from_file_location(key, REPOSITORY / "algorithms" / f"{name}.py")
+        sys.modules[key] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[key])
+    return sys.modules[key]
+
+
+def toy_episode(rng, steps: int, terminated: bool, **changes) -> EpisodeBuffer:
+    """A random episode of Pendulum's sizes; `changes` replace its arrays."""
+    ends = np.arange(steps) == steps - 1
+    arrays = {
+        "observations": rng.normal(size=(steps + 1, 3)).astype(np.float32),
+        "actions": rng.uniform(-2, 2, size=(steps, 1)).astype(np.float32),
+        "rewards": rng.normal(size=steps).astype(np.float32),
+        "terminations": ends & terminated,
+        "truncations": ends & (not terminated),
+    }
+    return EpisodeBuffer(**{**arrays, **changes})
+
+
+def toy_episodes(seed: int = 0) -> list[EpisodeBuffer]:
+    """Three episodes: one that terminates, one that is truncated, one a single step long."""
+    rng = np.random.default_rng(seed)
+    return [toy_episode(rng, 30, True), toy_episode(rng, 40, False), toy_episode(rng, 1, True)]
+
+
+def write_dataset(store: Path, dataset_id: str, episodes: list[EpisodeBuffer], **options) -> Path:
+    """Write episodes into the Minari store `store`; returns the dataset's `data` folder."""
+    old = os.environ.get("MINARI_DATASETS_PATH")
+    os.environ["MINARI_DATASETS_PATH"] = str(store)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            defaults = {"env": TOY_ENV, "ref_min_score": -160.0, "ref_max_score": -20.0}
+            minari.create_dataset_from_buffers(dataset_id, episodes, **{**defaults, **options})
+    finally:
+        if old is None:
+            del os.environ["MINARI_DATASETS_PATH"]
+        else:
+            os.environ["MINARI_DATASETS_PATH"] = old
+    return store / dataset_id / "data"
+
+
+@pytest.fixture(scope="session")
+def toy_store(tmp_path_factory) -> Path:
+    """A Minari store with the toy dataset in it."""
+    store = tmp_path_factory.mktemp("store")
+    write_dataset(store, TOY, toy_episodes())
+    return store
+
+
+@pytest.fixture(autouse=True)
+def own_store(toy_store, tmp_path, monkeypatch):
+    """Every test reads the toy store and writes its runs into a folder of its own."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(toy_store))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    """Each script in turn."""
+    return load_script(request.param)
+
+
+SHORT = {
+    "dataset_id": TOY,
+    "download": "false",
+    "num_updates": 6,
+    "batch_size": 8,
+    "hidden_dim": 16,
+    "eval_every": 3,
+    "eval_episodes": 2,
+    "final_eval_episodes": 3,
+    "log_every": 2,
+    "checkpoint_every": 3,
+    "run_dir": "run",
+}
+
+
+def words(**settings) -> list[str]:
+    """A command line of a short run on the toy data, with `settings` on top."""
+    return [part for k, v in {**SHORT, **settings}.items() for part in (f"--{k}", str(v))]
