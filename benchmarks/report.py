@@ -1,0 +1,158 @@
+"""A table and a picture of run folders.
+
+    python benchmarks/report.py runs        # writes runs/report.md and runs/report.png
+    python benchmarks/report.py benchmarks/results --readme README.md     # fills the table there
+
+The table holds the last policies, mean and standard deviation (ddof 0) over seeds of the final
+evaluation; the best evaluation of each seed during training takes an oracle and stands apart. Lines
+in the picture are means over seeds, bands reach from the worst to the best seed.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # no screen needed
+import matplotlib.pyplot as plt
+
+COLORS = (
+    "#4477AA",
+    "#EE6677",
+    "#228833",
+    "#CCBB44",
+    "#66CCEE",
+    "#AA3377",
+    "#BBBBBB",
+)  # Tol, bright
+BEGIN, END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_runs(root: Path) -> dict:
+    """{dataset: {(label, updates): group}} of the finished runs below `root`.
+
+    A group joins runs that differ in their seeds: "last" and "best" hold a value for each seed,
+    "curve" one for each update and seed. Of a seed that was run twice the later folder counts.
+    """
+    groups = {}
+    for path in sorted(root.rglob("result.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if not result["last"]:
+            continue  # trained without an environment
+        unit = "eval/score" if "eval/score" in result["last"][0] else "eval/return"
+        rows = groups.setdefault(result["dataset_id"], {})
+        new = {"last": {}, "best": {}, "curve": {}, "result": result, "unit": unit}
+        group = rows.setdefault((result["label"], result["num_updates"]), new)
+        again = group["last"].keys() & {row["seed"] for row in result["last"]}
+        if again:
+            print(f"{path.parent} replaces earlier runs of seeds {sorted(again)}", file=sys.stderr)
+        group["result"] = result
+        group["last"] |= {row["seed"]: row[unit] for row in result["last"]}
+        group["best"] |= {row["seed"]: row[unit] for row in result["best_oracle"]}
+        for row in read_rows(path.with_name("metrics.jsonl")):
+            if unit in row:
+                group["curve"].setdefault(row["update"], {})[row["seed"]] = row[unit]
+    return groups
+
+
+def spread(values) -> str:
+    values = list(values)
+    return f"{np.mean(values):.1f} ± {np.std(values):.1f}"
+
+
+def table(groups: dict) -> str:
+    """Markdown, a row for each label, dataset and length."""
+    lines = [
+        "| data | algorithm | updates | seeds | score, last | best (oracle) | episodes | commit |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for dataset, rows in sorted(groups.items()):
+        for (label, updates), group in sorted(rows.items(), key=order):
+            cells = (
+                dataset,
+                label if group["unit"] == "eval/score" else f"{label} (return)",
+                f"{updates:,}",
+                len(group["last"]),
+                spread(group["last"].values()),
+                spread(group["best"].values()),
+                group["result"]["final_eval_episodes"],
+                (group["result"]["commit"] or "unknown")[:8],
+            )
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def order(item) -> tuple:
+    """Worst last score first, so that the baseline opens the list."""
+    return np.mean(list(item[1]["last"].values())), item[0]
+
+
+def picture(groups: dict, path: Path) -> None:
+    """Learning curves, a panel for each dataset."""
+    labels = sorted({label for rows in groups.values() for label, _ in rows})
+    colors = {label: COLORS[i % len(COLORS)] for i, label in enumerate(labels)}
+    size = (5.2 * len(groups), 3.8)
+    figure, axes = plt.subplots(1, len(groups), figsize=size, squeeze=False, layout="constrained")
+    for axis, (dataset, rows) in zip(axes[0], sorted(groups.items()), strict=True):
+        for (label, _), group in sorted(rows.items(), key=order):
+            updates = sorted(group["curve"])
+            values = [list(group["curve"][u].values()) for u in updates]
+            low, high = [min(v) for v in values], [max(v) for v in values]
+            name = f"{label} ({len(group['last'])} seeds)"
+            means = [np.mean(v) for v in values]
+            axis.plot(updates, means, color=colors[label], label=name, marker=".")
+            axis.fill_between(updates, low, high, color=colors[label], alpha=0.2, linewidth=0)
+        unit = next(iter(rows.values()))["unit"].removeprefix("eval/")
+        axis.set(title=dataset, xlabel="gradient updates", ylabel=f"evaluation {unit}")
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def fill(readme: Path, text: str) -> None:
+    """Replace what stands between the two marks of `readme`."""
+    old = readme.read_text(encoding="utf-8")
+    if BEGIN not in old or END not in old:
+        raise ReportError(f"{readme} lacks the lines {BEGIN!r} and {END!r}: add them")
+    head, rest = old.split(BEGIN)
+    readme.write_text(f"{head}{BEGIN}\n{text}{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+class ReportError(Exception):
+    """Something the user can mend."""
+
+
+def main(argv=None) -> int:
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(description=__doc__, **style)
+    parser.add_argument("root", type=Path, help="a folder with run folders below it")
+    parser.add_argument("--readme", type=Path, help="a file whose marked table is replaced")
+    args = parser.parse_args(argv)
+    try:
+        groups = read_runs(args.root)
+        if not groups:
+            raise ReportError(
+                f"no finished run below {args.root}: train first, for example make train"
+            )
+        text = table(groups)
+        (args.root / "report.md").write_text(text, encoding="utf-8")
+        picture(groups, args.root / "report.png")
+        if args.readme:
+            fill(args.readme, text)
+    except (ReportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{text}\nalso in {args.root / 'report.md'}; curves: {args.root / 'report.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
