@@ -65,20 +65,16 @@ class RunConfig:
     """What every script has: the task, the schedule, evaluation, logging, the device."""
 
     dataset_id: str = ""  # Minari id, or a folder that holds a Minari dataset
-    fallback_dataset_id: str = (
-        ""  # used with a warning where dataset_id is not to be had; "" = error
-    )
+    fallback_dataset_id: str = ""  # used, with a warning, where dataset_id is missing
     download: bool = True  # ask Minari's hub for a dataset_id that the local store lacks
     env_id: str = "auto"  # where to evaluate: auto = the dataset's own, none, or a Gymnasium id
     env_kwargs: dict = field(default_factory=dict)  # arguments of the evaluation environment
     ref_min_score: Optional[float] = setting(
         None, -1e9, 1e9
-    )  # return that scores 0; null = dataset's
+    )  # return that scores 0; null: dataset's
     ref_max_score: Optional[float] = setting(None, -1e9, 1e9)  # return that scores 100
     normalize_obs: bool = setting(False, network=True)  # observations to mean 0, deviation 1
-    reward_scale: float = setting(
-        1.0, -1e6, 1e6
-    )  # r <- reward_scale * r + reward_shift (training only)
+    reward_scale: float = setting(1.0, -1e6, 1e6)  # r <- reward_scale * r + reward_shift
     reward_shift: float = setting(0.0, -1e6, 1e6)  # added to every reward after the scale
     reward_by_return_range: bool = False  # also r <- 1000 r / (best - worst return of the data)
     seed: int = setting(0, 0, 2**31)  # seed of the first member
@@ -91,17 +87,13 @@ class RunConfig:
     eval_seed: int = setting(10_000, 0, 2**31)  # episode i starts from eval_seed + i, for any seed
     log_every: int = setting(1_000, 1, 10**7)  # updates between log rows (means over the interval)
     checkpoint_every: int = setting(50_000, 1, 10**10)  # updates between checkpoints
-    run_dir: str = (
-        ""  # the run's folder; "" = runs/<label>/<dataset>/<date-time>-s<seed>x<num_seeds>
-    )
+    run_dir: str = ""  # the run's folder; "" = runs/<label>/<dataset>/<date-time>-<seeds>
     resume: bool = False  # go on from the checkpoint in run_dir
-    checkpoint: str = (
-        ""  # start from (or evaluate) these weights: a checkpoint file or a run folder
-    )
+    checkpoint: str = ""  # start from (or evaluate) this run folder or checkpoint.pt
     eval_only: bool = False  # only evaluate `checkpoint`, with final_eval_episodes
     label: str = ""  # name of this variant in folders and tables; "" = the algorithm's name
     device: str = "auto"  # auto = cuda where there is one, else cpu
-    compile: str = setting("auto", choices=("auto", "true", "false"))  # torch.compile the losses
+    compile: str = setting("auto", choices=("auto", "true", "false"))  # losses; auto = in long runs
     wandb: str = setting("disabled", choices=("disabled", "offline", "online"))  # Weights & Biases
     wandb_project: str = "stitch"  # project in Weights & Biases
 
@@ -339,7 +331,7 @@ def parse_config(config_class, argv: list):
     for an int, duplicates) is refused before.
     """
     if {"-h", "--help"} & set(argv):
-        pyrallis.ArgumentParser(config_class=config_class).parse_args(["--help"])
+        pyrallis.argparsing.ArgumentParser(config_class=config_class).parse_args(["--help"])
     words = [part for word in argv for part in (word.split("=", 1) if word[:2] == "--" else [word])]
     given = {}
     for flag, value in itertools.zip_longest(words[::2], words[1::2], fillvalue="--"):
@@ -406,7 +398,7 @@ def flatten_obs(obs) -> np.ndarray:
 def find_dataset(dataset_id: str, download: bool) -> Optional[Path]:
     """The folder of a dataset: a folder by name, Minari's store, its hub; None = not to be had."""
     inside = not (Path(dataset_id).is_absolute() or ".." in Path(dataset_id).parts)
-    stored = minari.storage.datasets_root_dir.get_dataset_path() / (dataset_id if inside else "")
+    stored = minari.storage.get_dataset_path(dataset_id if inside else None)
     bases = (Path(dataset_id), REPOSITORY / dataset_id, stored)
     for folder in [base / sub for base in bases for sub in (".", "data")]:
         if (folder / "metadata.json").is_file():
@@ -428,13 +420,15 @@ def find_dataset(dataset_id: str, download: bool) -> Optional[Path]:
 
 def locate_dataset(cfg) -> Path:
     """The folder of `dataset_id`, or of the fallback; `cfg` then names the one that is used."""
-    store = minari.storage.datasets_root_dir.get_dataset_path()
-    mend = f"check its name, or put it into Minari's store {store} (README, Data)"
+    mend = f"check its name and Minari's store {minari.storage.get_dataset_path()}"
+    if cfg.dataset_id.startswith("D4RL/"):
+        mend = f"python datasets/d4rl.py {cfg.dataset_id[5:].replace('/', '-')}"
     folder = find_dataset(cfg.dataset_id, cfg.download) if cfg.dataset_id else None
     if folder is None and cfg.fallback_dataset_id:
         print(
             f"\nWARNING: {cfg.dataset_id} is not here. Training on {cfg.fallback_dataset_id}:\n"
-            f"OTHER DATA, its scores are NOT comparable with published ones. To mend: {mend}\n",
+            f"OTHER DATA, its scores are NOT comparable with published ones. For the real data:\n"
+            f"{mend}\n",
             file=sys.stderr,
         )
         cfg.dataset_id, cfg.env_id, cfg.env_kwargs = cfg.fallback_dataset_id, "auto", {}

@@ -1,6 +1,6 @@
 """Collect offline datasets the way D4RL did: train SAC online, keep policies, record them.
 
-    python datasets/collect.py hopper train            # SAC for 300k steps -> policies and recipe
+    python datasets/collect.py hopper train            # SAC for 200k steps -> policies and recipe
     python datasets/collect.py hopper medium           # record a tier into Minari's store
     python datasets/collect.py hopper medium-replay    # run that training again, keep its replay
 
@@ -381,7 +381,7 @@ def pack(path: Path) -> None:
 def record_tier(robot: str, tier: str, steps: int, seed: int, out: Optional[Path]) -> None:
     """Collect one tier and write it as a Minari dataset, to `out` or into Minari's store."""
     dataset_id = f"stitch/{robot}/{tier}-{VERSION}"
-    target = (out or minari.storage.datasets_root_dir.get_dataset_path(dataset_id)).resolve()
+    target = (out or minari.storage.get_dataset_path(dataset_id)).resolve()
     file = POLICIES / f"{robot}.pt"
     if target.exists():
         raise CollectError(f"{target} exists: delete it, or give another --out")
@@ -407,14 +407,14 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, **style)
     parser.add_argument("robot", choices=ENVIRONMENTS)
     parser.add_argument("what", choices=("train", *TIERS))
-    parser.add_argument("--steps", type=int, help="to train (300,000) or to record (200,000)")
+    parser.add_argument("--steps", type=int, help="to train or to record; 200,000")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder of the dataset; default: Minari's store")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # the order of sums, and so every bit, depends on it
     try:
         if args.what == "train":
-            train(args.robot, args.steps or 300_000, args.seed)
+            train(args.robot, args.steps or 200_000, args.seed)
         else:
             record_tier(args.robot, args.what, args.steps or 200_000, args.seed, args.out)
     except (CollectError, OSError) as error:
