@@ -1,0 +1,578 @@
+"""Convert D4RL's own HDF5 files into Minari's store.
+
+    python datasets/d4rl.py hopper-medium-v2 antmaze-umaze      # download and convert
+    python datasets/d4rl.py door-human-v1 --file door-human-v1.hdf5
+    python datasets/d4rl.py --list
+
+A task becomes `D4RL/<robot>/<dataset>-vN`; `tasks.csv` beside this file is the table of tasks.
+
+Episodes
+- One ends at a terminal, at a timeout, at a jump (its `next_observations` is not the observation
+  that follows: two recordings were joined there) and at the end of the file.
+- The last next observation is the file's where it has `next_observations`. Where it has none, the
+  last step of an episode that did not terminate is dropped, for what it led to is unknown; one that
+  terminated repeats its last observation, which no bootstrap reads.
+- A step that is terminal and timeout at once is a terminal. Actions are clipped to [-1, 1].
+- All this is counted, printed, and stored in the metadata as `counts`.
+
+Mazes
+- maze2d's x runs along the rows of the map and its y along the columns, antmaze's y runs down the
+  rows. The environment's map is turned accordingly, not the data: actions stay as they are, and x
+  and y are only shifted to today's origin, the centre of the maze.
+- Agents in D4RL's mazes see no goal, and rewards belong to the evaluation goal, not to `infos/goal`
+  (where the recording controller went; kept in the infos). So the environment hides the goal, and
+  observations are D4RL's: antmaze x, y and the rest [29], maze2d x, y and velocities [4].
+- Today's ant has five times the torque and half the time step of D4RL's. The environment undoes
+  both: a fifth of 150 N m at full action, 10 frames of 0.01 s.
+
+The metadata hold the environment, D4RL's reference scores, `source: d4rl-hdf5 <sha256>` and, where
+today's environment still differs from D4RL's, one sentence in `environment_differs`.
+"""
+
+import argparse
+import ast
+import bisect
+import csv
+import difflib
+import errno
+import hashlib
+import http.client
+import io
+import os
+import socket
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import h5py
+import minari
+import numpy as np
+from gymnasium.wrappers import FilterObservation, FlattenObservation, RescaleAction
+from minari.dataset.minari_storage import MinariStorage
+from minari.storage import get_dataset_path
+
+TASKS = Path(__file__).resolve().with_name("tasks.csv")
+URL_BASE = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "stitch" / "d4rl"
+PAUSES = (2, 5, 15, 45, 120)  # seconds between attempts that brought nothing
+TIMEOUT = 30  # seconds without a byte after which a connection is given up
+BATCH = 100_000  # steps held in memory at once
+LOCAL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG}
+OUTCOMES = ("episodes", "terminated", "timed_out", "cut")
+REPAIRS = ("jumps", "terminal_and_timeout", "dropped_last_steps", "dropped_episodes")
+REPAIRS += ("repeated_last_observations", "clipped_steps", "largest_excess")
+# suite: how D4RL's axes turn the map, metres a cell, x and y of cell (1, 1) in D4RL's frame
+# (maze2d's walls stand 0.2 m off the whole numbers)
+MAZES = {"maze2d": (np.rot90, 1.0, 0.8), "antmaze": (np.flipud, 4.0, 0.0)}
+
+
+class D4RLError(Exception):
+    """What is wrong and how to mend it, in one line."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row of tasks.csv; cells are (row, column) in D4RL's map, None = any free cell."""
+
+    task: str
+    suite: str
+    minari_id: str
+    obs_dim: int
+    act_dim: int
+    max_episode_steps: int
+    ref_min_score: float
+    ref_max_score: float
+    url: str
+    eval_env: str
+    reset_cell: tuple[int, int] | None
+    goal_cell: tuple[int, int] | None
+    hub_id: str
+    hub_relation: str
+    note: str  # what of today's environment differs from D4RL's
+
+    @property
+    def in_store(self) -> bool:
+        return (get_dataset_path(self.minari_id) / "data" / "metadata.json").exists()
+
+
+def read_tasks() -> dict[str, Task]:
+    """The task table by task name (with version), in its order."""
+    tasks = {}
+    with TASKS.open(newline="") as file:
+        for row in csv.DictReader(file):
+            for key, kind in Task.__annotations__.items():
+                if kind is not str:
+                    row[key] = ast.literal_eval(row[key] or "None")
+            tasks[row["task"]] = Task(**row)
+    return tasks
+
+
+def find_task(name: str, tasks: dict[str, Task]) -> Task:
+    """A task by its name, with or without version. Raises D4RLError with the nearest names."""
+    names = {task.rpartition("-v")[0]: task for task in tasks} | {task: task for task in tasks}
+    if name in names:
+        return tasks[names[name]]
+    near = difflib.get_close_matches(name, tasks)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise D4RLError(f"{name} is not a current D4RL task: {hint}--list shows all")
+
+
+class Progress:
+    """A line now and then on stderr: how far, and how long still."""
+
+    def __init__(self, what: str, unit: str, scale: float = 1):
+        self.what, self.unit, self.scale = what, unit, scale
+        self.start = self.last = time.monotonic()
+        self.first = None  # a resumed file starts above 0
+        self.every, self.end = (0.5, "\r") if sys.stderr.isatty() else (10, "\n")
+
+    def __call__(self, count: int, total: int | None) -> None:
+        now = time.monotonic()
+        self.first = count if self.first is None else self.first
+        if now - self.last < self.every:
+            return
+        self.last, rate = now, (count - self.first) / (now - self.start)
+        text = f"{self.what}: {count / self.scale:,.0f}"
+        if total:
+            text += f" of {total / self.scale:,.0f}"
+        text += f" {self.unit}"
+        if total and rate > 0:
+            text += f", {(total - count) / rate:,.0f} s left"
+        print(text.ljust(79), end=self.end, file=sys.stderr, flush=True)
+
+
+# ---- download
+
+
+def download(
+    task: Task, url: str, path: Path, pauses: Iterable[float] = PAUSES, timeout: float = TIMEOUT
+) -> None:
+    """Fetch `url` to `path`, resuming what an earlier attempt left in `path`.part.
+
+    After an attempt that brought nothing new it waits the next of `pauses` (seconds). D4RL's server
+    refuses at times (403), so refusals are tried again too, but not a missing file, nor anything
+    where its name is unknown (no network). Then, and once the pauses are used up, it raises
+    D4RLError with the file to fetch by hand.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    longest, waits = 0, iter(pauses)
+    while True:
+        try:
+            fetch(url, part, timeout)
+            open_source(part, task).close()
+            part.replace(path)
+            return
+        except (OSError, http.client.HTTPException, D4RLError) as error:
+            if getattr(error, "errno", None) in LOCAL_ERRORS:
+                raise
+            if isinstance(error, D4RLError):  # whole, but not the file: a page of the server's
+                part.unlink()
+            size = part.stat().st_size if part.exists() else 0
+            if size > longest:  # it moves on: patience starts anew
+                longest, waits = size, iter(pauses)
+            offline = isinstance(getattr(error, "reason", None), socket.gaierror)
+            missing = getattr(error, "code", None) in (404, 410)
+            pause = None if offline or missing else next(waits, None)
+            reason = str(error) or type(error).__name__
+        if pause is None:
+            raise D4RLError(
+                f"cannot download {path.name} ({reason}): fetch {url} by hand, then run "
+                f"python datasets/d4rl.py {task.task} --file {path.name}"
+            )
+        print(f"{path.name}: {reason}; again in {pause} s", file=sys.stderr, flush=True)
+        time.sleep(pause)
+
+
+def fetch(url: str, part: Path, timeout: float) -> None:
+    """One attempt: append to `part` what it lacks. Raises OSError if it is not whole afterwards."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=timeout)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:
+            raise
+        if error.headers.get("Content-Range") != f"bytes */{have}":
+            part.unlink()
+            raise OSError(f"{part.name} is longer than the server's file") from None
+        return  # nothing comes after what is here: it was whole
+    with response:
+        resumed = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        have = have if resumed else 0
+        total = None if response.length is None else have + response.length
+        progress = Progress(f"downloading {part.stem}", "MB", 1e6)
+        with part.open("ab" if resumed else "wb") as file:
+            while block := response.read1(1 << 20):
+                have += file.write(block)
+                progress(have, total)
+    if total is not None and have != total:
+        raise OSError(f"the connection ended at {have:,} of {total:,} bytes")
+
+
+# ---- D4RL's file
+
+
+def open_source(path: Path, task: Task) -> h5py.File:
+    """Open D4RL's file. Raises D4RLError unless it has the task's arrays, of its sizes."""
+    name = Path(task.url).name
+    if not path.is_file():
+        raise D4RLError(f"{path} is not a file: give D4RL's {name} with --file")
+    try:
+        file = h5py.File(path, "r")
+    except OSError:
+        mend = f"delete it and fetch {task.url} again"
+        raise D4RLError(f"{path} is no HDF5 file or is cut short: {mend}") from None
+    sizes = {"observations": task.obs_dim, "actions": task.act_dim, "rewards": 1, "terminals": 1}
+    optional = {"timeouts": 1, "next_observations": task.obs_dim}
+    if task.suite != "kitchen":  # where each demonstration ends in a terminal
+        sizes["timeouts"] = optional.pop("timeouts")
+    if task.suite in MAZES:
+        optional["infos/goal"] = 2
+    shapes = {key: getattr(file.get(key), "shape", None) for key in sizes | optional}
+    steps = (shapes["rewards"] or (0,))[0]
+    problem = None if steps else "has no rewards"
+    for key, size in (sizes | optional).items():
+        if shapes[key] is None:
+            problem = problem or (f"has no {key}" if key in sizes else None)
+        elif shapes[key] != (steps, size) and (size > 1 or shapes[key] != (steps,)):
+            problem = problem or f"has {key} of shape {shapes[key]} instead of {(steps, size)}"
+    if problem:
+        file.close()
+        raise D4RLError(f"{path} {problem}: give D4RL's file of {task.task}, which is {name}")
+    return file
+
+
+def read(file: h5py.File, key: str, start: int, stop: int) -> np.ndarray:
+    """Steps start to stop as float32 [steps, size]. Raises D4RLError at what is not a number."""
+    try:
+        values = np.asarray(file[key][start:stop], np.float32).reshape(stop - start, -1)
+    except (OSError, ValueError):
+        text = f"{file.filename}: {key} cannot be read from step {start:,} on: fetch it again"
+        raise D4RLError(text) from None
+    finite = np.isfinite(values).all(1)
+    if not finite.all():
+        step = start + int(finite.argmin())
+        raise D4RLError(f"{file.filename}: {key} is not finite at step {step:,}: fetch it again")
+    return values
+
+
+def read_ends(file: h5py.File, counts: Counter) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Where episodes end: (indices of their last steps, terminals [N], timeouts [N])."""
+    steps = counts["source_steps"]
+    flags = [
+        read(file, key, 0, steps)[:, 0] > 0 for key in ("terminals", "timeouts") if key in file
+    ]
+    terminals, timeouts = [*flags, np.zeros(steps, bool)][:2]
+    counts["terminal_and_timeout"] = int((terminals & timeouts).sum())
+    last = terminals | timeouts
+    last[-1] = True
+    for start in range(0, steps - 1, BATCH) if "next_observations" in file else ():
+        stop = min(start + BATCH, steps - 1)
+        gap = read(file, "next_observations", start, stop)
+        gap -= read(file, "observations", start + 1, stop + 1)
+        jumps = (np.abs(gap).max(1) > 1e-6) & ~last[start:stop]
+        counts["jumps"] += int(jumps.sum())
+        last[start:stop] |= jumps
+    return np.flatnonzero(last).tolist(), terminals, timeouts
+
+
+def read_episodes(file: h5py.File, shift: np.ndarray | None, counts: Counter) -> Iterator[dict]:
+    """D4RL's steps as episodes in Minari's layout; fills `counts`.
+
+    observations [T+1, obs_dim], actions [T, act_dim], rewards [T], float32; terminations and
+    truncations [T], bool; infos/goal [T+1, 2] where the file has it. `shift` [2] moves x and y.
+    """
+    ends, terminals, timeouts = read_ends(file, counts)
+    start = base = limit = 0
+    for i, end in enumerate(ends):
+        if end >= limit:  # the next batch: whole episodes, up to the one that passes BATCH steps
+            base, limit = start, ends[bisect.bisect(ends, start + BATCH, i, len(ends) - 1)] + 1
+            data = read_batch(file, base, limit, shift, counts)
+        rows = slice(start - base, end + 1 - base)
+        episode = cut_episode({key: data[key][rows] for key in data}, terminals[end], counts)
+        start = end + 1
+        if episode is not None:
+            how = "terminated" if terminals[end] else "timed_out" if timeouts[end] else "cut"
+            counts.update({"episodes": 1, "steps": len(episode["rewards"]), how: 1})
+            yield episode
+
+
+def read_batch(file, start: int, stop: int, shift, counts: Counter) -> dict[str, np.ndarray]:
+    """The arrays of steps start to stop, x and y shifted, actions clipped."""
+    keys = ["observations", "actions", "rewards", "next_observations"]
+    keys += ["infos/goal"] if shift is not None else []
+    data = {key: read(file, key, start, stop) for key in keys if key in file}
+    if shift is not None:
+        for key in {"observations", "next_observations", "infos/goal"} & data.keys():
+            data[key][:, :2] += shift.astype(np.float32)
+    excess = np.abs(data["actions"]).max(1) - 1
+    counts["clipped_steps"] += int((excess > 0).sum())
+    counts["largest_excess"] = max(counts["largest_excess"], float(excess.max()))
+    data["actions"] = data["actions"].clip(-1, 1)
+    return data
+
+
+def cut_episode(data: dict, terminated: bool, counts: Counter) -> dict | None:
+    """An episode's steps [T, ...] in Minari's layout, None if none has a known next observation."""
+    steps, states = len(data["rewards"]), data["observations"]
+    if "next_observations" in data:
+        states = np.concatenate([states, data["next_observations"][-1:]])
+    elif terminated:
+        counts["repeated_last_observations"] += 1
+        states = np.concatenate([states, states[-1:]])
+    else:
+        counts["dropped_last_steps"] += 1
+        steps -= 1
+    if steps == 0:
+        counts["dropped_episodes"] += 1
+        return None
+    terminations, truncations = np.zeros((2, steps), bool)
+    terminations[-1], truncations[-1] = terminated, not terminated
+    episode = {
+        "observations": states,
+        "actions": data["actions"][:steps],
+        "rewards": data["rewards"][:steps, 0],
+        "terminations": terminations,
+        "truncations": truncations,
+    }
+    if "infos/goal" in data:
+        goals = data["infos/goal"]
+        episode["infos/goal"] = np.concatenate([goals, goals[-1:]])[: steps + 1]
+    return episode
+
+
+# ---- today's environment
+
+
+def maze_frame(task: Task) -> tuple[list, np.ndarray]:
+    """A maze in D4RL's axes: (map with its 'r' and 'g' cells, shift of x and y [2] in metres).
+
+    PointMaze and AntMaze have x along the columns, y up the rows and the origin in the centre.
+    """
+    turn, scale, origin = MAZES[task.suite]
+    cells = np.array(gym.spec(task.eval_env).kwargs["maze_map"], dtype=object)
+    for cell, mark in ((task.reset_cell, "r"), (task.goal_cell, "g")):
+        if cell is not None:
+            cells[cell] = mark
+    cells = turn(cells)
+    rows, columns = cells.shape
+    return cells.tolist(), scale * (1.5 - np.array([columns, rows]) / 2) - origin
+
+
+def build_env(task: Task) -> gym.Env:
+    """The task's environment of today, wrapped so that it takes and gives what D4RL's did."""
+    if task.suite != "locomotion":
+        with redirect_stderr(io.StringIO()):  # it prints a notice of its own
+            import gymnasium_robotics
+        gym.register_envs(gymnasium_robotics)
+    kwargs = {}
+    if task.suite in MAZES:
+        # a continuing task that keeps its target never ends before the limit, as maze2d
+        kwargs = {"continuing_task": task.suite == "maze2d", "reset_target": False}
+        kwargs["maze_map"] = maze_frame(task)[0]
+    if task.suite == "antmaze":
+        kwargs |= {"frame_skip": 10, "include_cfrc_ext_in_observation": False}
+    if task.suite == "kitchen":
+        last = "bottom burner" if "mixed" in task.task else "slide cabinet"
+        kwargs["tasks_to_complete"] = ["microwave", "kettle", "light switch", last]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # v4 is out of date, and meant
+        env = gym.make(task.eval_env, max_episode_steps=task.max_episode_steps, **kwargs)
+    if task.suite == "maze2d":
+        env = FlattenObservation(FilterObservation(env, ["observation"]))
+    if task.suite == "antmaze":
+        env = FlattenObservation(FilterObservation(env, ["achieved_goal", "observation"]))
+        env = RescaleAction(env, -5, 5)
+    return env
+
+
+# ---- Minari's store
+
+
+def convert(task: Task, path: Path) -> dict:
+    """Write D4RL's file as `task.minari_id` into Minari's store; returns the counts.
+
+    Built in a hidden folder beside its place and moved there at the end: a failure leaves the store
+    as it was, and a set that was there goes only then.
+    """
+    target = get_dataset_path(task.minari_id)
+    with open_source(path, task) as file:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".d4rl-") as folder:
+            built, old = Path(folder) / "new", Path(folder) / "old"
+            built.mkdir()
+            counts = build(task, file, path, built / "data")
+            if target.exists():
+                target.rename(old)
+            try:
+                built.rename(target)
+            except OSError:
+                if old.exists():
+                    old.rename(target)
+                raise
+    return counts
+
+
+def build(task: Task, file: h5py.File, path: Path, folder: Path) -> dict:
+    """Write the whole set into `folder`; returns the counts.
+
+    Minari's own writer makes arrays that can grow. That takes 2 ms and 15 kB an episode, 100 s and
+    700 MB for hopper-random's 45,000 short ones; these have its names and places but a fixed size.
+    """
+    env = build_env(task)
+    storage = MinariStorage.new(
+        folder,
+        observation_space=gym.spaces.Box(-np.inf, np.inf, (task.obs_dim,), np.float64),
+        action_space=gym.spaces.Box(-1.0, 1.0, (task.act_dim,), np.float32),
+        env_spec=env.spec,
+    )
+    env.close()
+    shift = maze_frame(task)[1] if task.suite in MAZES else None
+    counts = Counter(dict.fromkeys(("source_steps", "steps", *OUTCOMES, *REPAIRS), 0))
+    counts["source_steps"] = len(file["rewards"])
+    progress = Progress(f"converting {task.task}", "steps")
+    with h5py.File(folder / "main_data.hdf5", "w", libver="latest") as out:
+        for number, episode in enumerate(read_episodes(file, shift, counts)):
+            group = out.create_group(f"episode_{number}")
+            group.attrs["id"], group.attrs["total_steps"] = number, len(episode["rewards"])
+            for key, values in episode.items():
+                group[key] = values
+            progress(counts["steps"], counts["source_steps"])
+    if not counts["episodes"]:
+        raise D4RLError(f"{path} has no step whose next observation is known: fetch it again")
+    storage.update_metadata(metadata(task, path, dict(counts)))
+    storage.update_metadata({"dataset_size": float(storage.get_size())})  # MB
+    return counts
+
+
+def metadata(task: Task, path: Path, counts: dict) -> dict:
+    """What Minari's metadata.json says of the set, beside its spaces and environment."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    robotics = [] if task.suite == "locomotion" else ["gymnasium-robotics>=1.4"]
+    repository = "https://github.com/Farama-Foundation/D4RL/tree"
+    return ({"environment_differs": task.note} if task.note else {}) | {
+        "dataset_id": task.minari_id,
+        "minari_version": minari.__version__,
+        "total_episodes": counts["episodes"],
+        "total_steps": counts["steps"],
+        "ref_min_score": task.ref_min_score,
+        "ref_max_score": task.ref_max_score,
+        "source": f"d4rl-hdf5 {digest}",
+        "source_file": path.name,
+        "counts": counts,
+        "author": {"Justin Fu", "Aviral Kumar", "Ofir Nachum", "George Tucker", "Sergey Levine"},
+        "license": "CC BY 4.0",
+        "code_permalink": f"{repository}/89141a689b0353b0dac3da5cba60da4b1b16254d",
+        "description": f"D4RL's {task.task} (arXiv 2004.07219), converted from its own HDF5 file.",
+        "requirements": ["gymnasium>=1.0", "mujoco>=3.3,<3.17", *robotics],
+    }
+
+
+# ---- command line
+
+
+def show_tasks(tasks: dict[str, Task]) -> None:
+    """Print the table: what there is and what is in the store."""
+    columns = "{:<28} {:<10} {:>4} {:>4} {:>6} {:>10} {:>10}  {}\n"
+    heads = ("task", "suite", "obs", "act", "limit", "ref min", "ref max", "in the store as")
+    text = columns.format(*heads)
+    for task in tasks.values():
+        sizes = (task.obs_dim, task.act_dim, task.max_episode_steps)
+        references = (f"{task.ref_min_score:.2f}", f"{task.ref_max_score:.2f}")
+        stored = task.minari_id if task.in_store else "-"
+        text += columns.format(task.task, task.suite, *sizes, *references, stored)
+    sys.stdout.write(text)
+
+
+def report(task: Task, counts: dict) -> None:
+    """Print what became of the file."""
+    steps = f"{task.minari_id}: {counts['steps']:,} of {counts['source_steps']:,} steps"
+    print(", ".join([steps, *(f"{counts[key]:,} {key.replace('_', ' ')}" for key in OUTCOMES)]))
+    for key in REPAIRS:
+        if counts[key]:
+            print(f"  {key.replace('_', ' ')}: {counts[key]:,.6g}")
+    if task.note:
+        print(f"  environment differs: {task.note}")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise D4RLError(f"{message}: --help shows how to call this")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line. Raises D4RLError where it makes no sense."""
+    parser = Parser(description="Convert D4RL's own HDF5 files into Minari's store.")
+    parser.add_argument(
+        "tasks", nargs="*", metavar="TASK", help="hopper-medium-v2 or hopper-medium"
+    )
+    parser.add_argument("--file", type=Path, help="D4RL's file, fetched by hand (for one task)")
+    parser.add_argument(
+        "--list", action="store_true", help="show all tasks, and those in the store"
+    )
+    parser.add_argument("--url-base", default=URL_BASE, help="a mirror of %(default)s")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="downloads (%(default)s)")
+    parser.add_argument("--force", action="store_true", help="replace a set that is in the store")
+    args = parser.parse_args(argv)
+    if not args.tasks and not args.list:
+        parser.error("name a task")
+    if args.file and len(args.tasks) != 1:
+        parser.error("--file goes with one task")
+    if not args.url_base.startswith(("http://", "https://")):
+        parser.error("--url-base begins with http:// or https://")
+    return args
+
+
+def main(
+    argv: list[str] | None = None, pauses: Iterable[float] = PAUSES, timeout: float = TIMEOUT
+) -> int:
+    """Exit code: 0, or 2 after an error (one line on stderr each), or 130 when interrupted."""
+    try:
+        args, table = parse(argv), read_tasks()
+        tasks = [find_task(name, table) for name in args.tasks]
+        if args.list:
+            show_tasks(table)
+        return max([run(task, args, pauses, timeout) for task in tasks], default=0)
+    except (D4RLError, OSError) as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on with the download", file=sys.stderr)
+        return 130
+
+
+def run(task: Task, args: argparse.Namespace, pauses: Iterable[float], timeout: float) -> int:
+    """Download and convert one task; returns 0 or 2, for the next task may still go well."""
+    try:
+        if task.in_store and not args.force:
+            print(f"{task.minari_id} is in the store already; --force replaces it")
+            return 0
+        url = task.url.replace(URL_BASE, args.url_base.rstrip("/"))
+        path = args.file or args.cache.expanduser() / Path(url).name
+        if not args.file and not path.exists():
+            download(task, url, path, pauses, timeout)
+        report(task, convert(task, path))
+        return 0
+    except (D4RLError, OSError) as error:
+        return fail(error)
+
+
+def fail(error: Exception) -> int:
+    """Say what is wrong in one line."""
+    mend = ": choose another place with --cache or MINARI_DATASETS_PATH"
+    print(f"error: {error}{mend if isinstance(error, OSError) else ''}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

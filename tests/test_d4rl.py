@@ -1,0 +1,543 @@
+"""datasets/d4rl.py: files in D4RL's layout, made here, from disk and from an unreliable server."""
+
+import http.server
+import importlib.util
+import json
+import socket
+import threading
+import urllib.error
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+import gymnasium as gym
+import h5py
+import minari
+import numpy as np
+import pytest
+
+DATASETS = Path(__file__).resolve().parents[1] / "datasets"
+SPEC = importlib.util.spec_from_file_location("d4rl", DATASETS / "d4rl.py")
+d4rl = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(d4rl)
+TASKS = d4rl.read_tasks()
+MAZE_TASKS = [task for task in TASKS.values() if task.suite in ("maze2d", "antmaze")]
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
+    monkeypatch.setenv("no_proxy", "*")
+    return tmp_path / "store"
+
+
+def write_file(path, name, steps=10, terminal=(), timeout=(), with_next=True, **overrides):
+    """A file in D4RL's layout with these terminal and timed-out rows; returns its arrays."""
+    task, rng = TASKS[name], np.random.default_rng(0)
+    arrays = {
+        "observations": rng.normal(size=(steps, task.obs_dim)),
+        "actions": rng.uniform(-1, 1, (steps, task.act_dim)),
+        "rewards": rng.normal(size=steps),
+    }
+    for key, rows in (("terminals", terminal), ("timeouts", timeout)):
+        arrays[key] = np.isin(np.arange(steps), rows)
+    if with_next:
+        following = np.roll(arrays["observations"], -1, 0)
+        ends = np.union1d([*terminal, *timeout], [steps - 1]).astype(int)
+        following[ends] += 100  # the true last next observation is nobody's observation
+        arrays["next_observations"] = following
+    arrays |= overrides
+    with h5py.File(path, "w") as file:
+        for key, values in arrays.items():
+            if values is not None:
+                values = np.asarray(values)
+                kind = np.float32 if values.dtype == np.float64 else values.dtype
+                file[key] = values.astype(kind)
+    return {key: values for key, values in arrays.items() if values is not None}
+
+
+def convert(tmp_path, name, **kwargs):
+    """(arrays of the file, episodes, metadata) of a planted file that was converted."""
+    path = tmp_path / "file.hdf5"
+    arrays = write_file(path, name, **kwargs)
+    assert d4rl.main([name, "--force", "--file", str(path)]) == 0
+    dataset = minari.load_dataset(TASKS[name].minari_id)
+    return arrays, list(dataset.iterate_episodes()), dataset.storage.metadata
+
+
+def check_error(capsys, *argv, **kwargs):
+    """Run a bad command: exit code 2 and one line on stderr, which is returned."""
+    assert d4rl.main([str(word) for word in argv], **kwargs) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+# ---- the table
+
+
+def test_table_holds_the_current_tasks():
+    suites = Counter(task.suite for task in TASKS.values())
+    assert suites == {"locomotion": 18, "maze2d": 6, "antmaze": 6, "adroit": 12, "kitchen": 3}
+    assert len({task.minari_id for task in TASKS.values()}) == 45
+    assert len({Path(task.url).name for task in TASKS.values()}) == 45  # one name in the cache each
+    for task in TASKS.values():
+        robot, _, dataset = task.task.partition("-")
+        assert task.minari_id == f"D4RL/{robot}/{dataset}"
+        assert task.url.startswith(d4rl.URL_BASE) and task.url.endswith(".hdf5")
+        assert task.ref_min_score < task.ref_max_score
+        assert bool(task.note) == (task.suite != "locomotion")
+        assert bool(task.hub_id) == bool(task.hub_relation)
+
+
+def test_list_shows_tasks_and_store(tmp_path, capsys):
+    convert(tmp_path, "hopper-medium-v2")
+    capsys.readouterr()
+    assert d4rl.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 46
+    stored = [line.split() for line in lines if "D4RL/" in line]
+    row = "hopper-medium-v2 locomotion 11 3 1000 -20.27 3234.30 D4RL/hopper/medium-v2"
+    assert stored == [row.split()]
+
+
+# ---- episodes
+
+
+def test_true_next_observation_is_kept(tmp_path):
+    arrays, episodes, metadata = convert(tmp_path, "hopper-medium-v2", terminal=[2], timeout=[5])
+    observations, following = arrays["observations"], arrays["next_observations"]
+    starts, ends = [0, 3, 6], [2, 5, 9]
+    assert len(episodes) == 3
+    for episode, start, end in zip(episodes, starts, ends, strict=True):
+        expected = np.vstack([observations[start : end + 1], following[end]])
+        np.testing.assert_allclose(episode.observations, expected, rtol=1e-6)
+        np.testing.assert_allclose(episode.actions, arrays["actions"][start : end + 1], rtol=1e-6)
+        np.testing.assert_allclose(episode.rewards, arrays["rewards"][start : end + 1], rtol=1e-6)
+        assert episode.observations.dtype == episode.actions.dtype == np.float32
+        assert episode.rewards.dtype == np.float32
+        assert not episode.terminations[:-1].any() and not episode.truncations[:-1].any()
+    assert [bool(episode.terminations[-1]) for episode in episodes] == [True, False, False]
+    assert [bool(episode.truncations[-1]) for episode in episodes] == [False, True, True]
+    counts = metadata["counts"]
+    assert (counts["source_steps"], counts["steps"], counts["episodes"]) == (10, 10, 3)
+    assert (counts["terminated"], counts["timed_out"], counts["cut"]) == (1, 1, 1)
+    assert not any(counts[key] for key in d4rl.REPAIRS)
+
+
+def test_last_step_is_dropped_where_its_next_observation_is_unknown(tmp_path, capsys):
+    arrays, episodes, metadata = convert(
+        tmp_path, "door-human-v1", terminal=[2], timeout=[5, 6], with_next=False
+    )
+    observations = arrays["observations"].astype(np.float32)
+    repeated = observations[[0, 1, 2, 2]]  # terminated: all three steps stay
+    expected = [(repeated, 3, True), (observations[3:6], 2, False), (observations[7:10], 2, False)]
+    for episode, (states, steps, terminated) in zip(episodes, expected, strict=True):
+        np.testing.assert_array_equal(episode.observations, states)
+        assert len(episode.rewards) == len(episode.actions) == steps
+        assert bool(episode.terminations[-1]) == terminated != bool(episode.truncations[-1])
+    counts = metadata["counts"]
+    assert counts["steps"] == 7 and counts["episodes"] == 3
+    assert counts["dropped_last_steps"] == 3 and counts["dropped_episodes"] == 1  # 6 stood alone
+    assert counts["repeated_last_observations"] == 1
+    assert (counts["terminated"], counts["timed_out"], counts["cut"]) == (1, 1, 1)
+    assert "dropped last steps: 3" in capsys.readouterr().out
+
+
+def test_jump_ends_an_episode(tmp_path):
+    following = write_file(tmp_path / "plain.hdf5", "hopper-medium-v2")["next_observations"]
+    following[4] += 7
+    _, episodes, metadata = convert(tmp_path, "hopper-medium-v2", next_observations=following)
+    assert [len(episode.rewards) for episode in episodes] == [5, 5]
+    np.testing.assert_allclose(episodes[0].observations[-1], following[4], rtol=1e-6)
+    assert episodes[0].truncations[-1] and not episodes[0].terminations[-1]
+    assert metadata["counts"]["jumps"] == 1 and metadata["counts"]["cut"] == 2
+
+
+def test_terminal_and_timeout_at_once_is_a_terminal(tmp_path):
+    _, episodes, metadata = convert(tmp_path, "hopper-medium-v2", terminal=[4], timeout=[4])
+    assert episodes[0].terminations[-1] and not episodes[0].truncations[-1]
+    counts = metadata["counts"]
+    assert (counts["terminal_and_timeout"], counts["terminated"], counts["timed_out"]) == (1, 1, 0)
+
+
+def test_actions_are_clipped_and_counted(tmp_path):
+    actions = np.zeros((10, 3))
+    actions[2], actions[7, 1] = 1.25, -1.5
+    _, episodes, metadata = convert(tmp_path, "hopper-medium-v2", actions=actions)
+    np.testing.assert_array_equal(episodes[0].actions, actions.clip(-1, 1))
+    assert metadata["counts"]["clipped_steps"] == 2
+    assert metadata["counts"]["largest_excess"] == 0.5
+
+
+@pytest.mark.parametrize("with_next", [True, False])
+def test_small_batches_change_nothing(tmp_path, monkeypatch, with_next):
+    layout = dict(steps=60, terminal=[0, 7, 19], timeout=[8, 40], with_next=with_next)
+    _, whole, metadata = convert(tmp_path, "hopper-medium-v2", **layout)
+    monkeypatch.setattr(d4rl, "BATCH", 5)
+    _, parts, again = convert(tmp_path, "hopper-medium-v2", **layout)
+    assert metadata["counts"] == again["counts"] and metadata["source"] == again["source"]
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_array_equal(one.observations, other.observations)
+        np.testing.assert_array_equal(one.actions, other.actions)
+        np.testing.assert_array_equal(one.terminations, other.terminations)
+
+
+def test_columns_and_float_flags_are_understood(tmp_path):
+    flags = np.zeros((10, 1), np.float32)
+    flags[3] = 1
+    _, episodes, _ = convert(
+        tmp_path, "hopper-medium-v2", rewards=np.arange(10.0)[:, None], terminals=flags
+    )
+    assert [episode.rewards.tolist() for episode in episodes] == [[0, 1, 2, 3], [4, 5, 6, 7, 8, 9]]
+    assert episodes[0].terminations[-1]
+
+
+def test_metadata(tmp_path):
+    path = tmp_path / "hopper_medium-v2.hdf5"
+    write_file(path, "hopper-medium-v2", terminal=[4])
+    assert d4rl.main(["hopper-medium", "--file", str(path)]) == 0  # the version may be left out
+    dataset = minari.load_dataset("D4RL/hopper/medium-v2")
+    metadata = dataset.storage.metadata
+    assert metadata["source"] == f"d4rl-hdf5 {d4rl.hashlib.sha256(path.read_bytes()).hexdigest()}"
+    assert metadata["source_file"] == "hopper_medium-v2.hdf5"
+    assert (metadata["ref_min_score"], metadata["ref_max_score"]) == (-20.272305, 3234.3)
+    assert metadata["license"] == "CC BY 4.0" and "Justin Fu" in metadata["author"]
+    assert "environment_differs" not in metadata
+    assert dataset.total_steps == 10 and dataset.total_episodes == 2
+    assert minari.get_normalized_score(dataset, np.array(3234.3)) == 1
+    assert "D4RL/hopper/medium-v2" in minari.list_local_datasets()
+
+
+# ---- today's environments
+
+ONE_OF_EACH = ["walker2d-expert-v2", "halfcheetah-random-v2", "pen-human-v1", "kitchen-mixed-v0"]
+ONE_OF_EACH += ["relocate-cloned-v1", "maze2d-medium-dense-v1", "antmaze-umaze-diverse-v2"]
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_stored_environment_fits_the_data(tmp_path, name):
+    task = TASKS[name]
+    goal = {"infos/goal": np.ones((10, 2))} if task in MAZE_TASKS else {}
+    if task.suite == "kitchen":  # whose infos are an array, and which has no timeouts
+        goal = {"infos": np.arange(10), "timeouts": None, "terminals": np.arange(10.0) % 5 == 4}
+    _, episodes, metadata = convert(tmp_path, name, with_next=task.suite == "locomotion", **goal)
+    dataset = minari.load_dataset(task.minari_id)
+    env = dataset.recover_environment()
+    assert env.spec.max_episode_steps == task.max_episode_steps
+    env.reset(seed=0)
+    observation, *_ = env.step(dataset.action_space.sample())
+    assert dataset.action_space.shape == env.action_space.shape == (task.act_dim,)
+    assert metadata.get("environment_differs", "") == task.note
+    if task.suite == "kitchen":
+        assert "bottom burner" in env.unwrapped.goal and len(episodes) == 2
+        return
+    assert env.observation_space == dataset.observation_space
+    assert observation.shape == episodes[0].observations.shape[1:]
+
+
+def d4rl_xy(task, cell):
+    """Where D4RL has the centre of a cell, read off its two maze models."""
+    row, column = cell
+    return (row - 0.2, column - 0.2) if task.suite == "maze2d" else (4 * column - 4, 4 * row - 4)
+
+
+@pytest.mark.parametrize("task", MAZE_TASKS, ids=lambda task: task.task)
+def test_mazes_start_and_end_in_d4rls_cells(task):
+    env = d4rl.build_env(task)
+    env = gym.make(gym.envs.registration.EnvSpec.from_json(env.spec.to_json()))
+    shift = d4rl.maze_frame(task)[1]
+    scale = 4 if task.suite == "antmaze" else 1
+    observation, _ = env.reset(seed=0)
+    goal = env.unwrapped.goal - shift
+    assert np.abs(goal - d4rl_xy(task, task.goal_cell)).max() <= scale / 4
+    if task.reset_cell:
+        assert np.abs(observation[:2] - shift - d4rl_xy(task, task.reset_cell)).max() <= scale / 4
+    else:
+        starts = {env.reset(seed=seed)[0][:2].round().astype(int).tobytes() for seed in range(9)}
+        assert len(starts) > 1
+    maze = np.array(gym.spec(task.eval_env).kwargs["maze_map"])
+    for cell in np.ndindex(maze.shape):  # every wall stands where D4RL's does
+        seen = env.unwrapped.maze.cell_xy_to_rowcol(d4rl_xy(task, cell) + shift)
+        assert (env.unwrapped.maze.maze_map[seen[0]][seen[1]] == 1) == (maze[cell] == 1)
+
+
+def test_maze_observations_are_d4rls_but_for_the_origin(tmp_path):
+    for name in ("maze2d-umaze-v1", "antmaze-large-play-v2"):
+        goals = np.arange(20.0).reshape(10, 2)
+        arrays, episodes, _ = convert(
+            tmp_path, name, timeout=[4], with_next=False, **{"infos/goal": goals}
+        )
+        shift = d4rl.maze_frame(TASKS[name])[1]
+        seen, expected = episodes[1].observations, arrays["observations"][5:]
+        np.testing.assert_allclose(seen[:, :2], expected[:, :2] + shift, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(seen[:, 2:], expected[:, 2:], rtol=1e-6)
+        np.testing.assert_allclose(episodes[1].actions, arrays["actions"][5:9], rtol=1e-6)
+        np.testing.assert_allclose(episodes[1].infos["goal"], goals[5:] + shift)
+
+
+def test_ball_meets_maze2ds_walls_where_d4rl_has_them():
+    task = TASKS["maze2d-umaze-v1"]
+    env, shift = d4rl.build_env(task), d4rl.maze_frame(task)[1]
+    env.reset(seed=0)
+    env.unwrapped.point_env.set_state(np.array([3, 1]) + shift, np.zeros(2))
+    reached = []
+    for action in ([1, 0], [0, -1], [0, 1], [-1, 0]):  # D4RL's axes
+        for _ in range(250):
+            observation, *_ = env.step(np.array(action, np.float32))
+        reached.append(observation[:2] - shift)
+    corners = [(3.2, 1.0), (3.2, 0.4), (3.2, 3.2), (0.4, 3.2)]  # the extremes of D4RL's data
+    np.testing.assert_allclose(reached, corners, atol=0.05)
+
+
+def test_maze2d_goes_on_at_the_goal_and_antmaze_ends():
+    env = d4rl.build_env(TASKS["maze2d-umaze-v1"])
+    env.reset(seed=0)
+    goal = env.unwrapped.goal.copy()
+    env.unwrapped.point_env.set_state(goal, np.zeros(2))
+    for _ in range(3):
+        _, reward, terminated, _, _ = env.step(np.zeros(2, np.float32))
+        assert reward == 1 and not terminated
+    np.testing.assert_array_equal(env.unwrapped.goal, goal)
+
+    env = d4rl.build_env(TASKS["antmaze-umaze-v2"])
+    observation, _ = env.reset(seed=0)
+    ant = env.unwrapped.ant_env
+    state = ant.data.qpos.copy()
+    np.testing.assert_allclose(observation, np.concatenate([state, ant.data.qvel]))
+    state[:2] = env.unwrapped.goal
+    ant.set_state(state, np.zeros_like(ant.data.qvel))
+    _, reward, terminated, _, _ = env.step(np.zeros(8, np.float32))
+    assert reward == 1 and terminated
+
+
+def test_ant_is_as_strong_and_as_slow_as_d4rls():
+    env = d4rl.build_env(TASKS["antmaze-umaze-v2"])
+    env.reset(seed=0)
+    env.step(np.ones(8, np.float32))
+    ant = env.unwrapped.ant_env
+    np.testing.assert_allclose(ant.data.ctrl * ant.model.actuator_gear[:, 0], 30)  # N m
+    assert ant.dt == pytest.approx(0.1)  # 5 frames of 0.02 s there
+
+
+# ---- download
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Answers request after request as `script` says, then faultlessly."""
+
+    def __init__(self, content, script):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.content, self.script = content, list(script)
+        self.ranges, self.released = [], threading.Event()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        content, server = self.server.content, self.server
+        server.ranges.append(self.headers["Range"])
+        act = server.script.pop(0) if server.script else "serve"
+        start = int((self.headers["Range"] or "bytes=0-")[6:-1])
+        if isinstance(act, int):
+            return self.send_error(act)
+        if act == "page":
+            content, start = b"<html>try again later</html>", 0
+        if act == "no range":
+            start = 0
+        if start >= len(content):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(content)}")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        faulty = act in ("truncate", "stall")
+        self.wfile.write(content[start : start + 3000] if faulty else content[start:])
+        if act == "stall":
+            self.wfile.flush()
+            server.released.wait(10)
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """serve(script) -> (server, arguments of the command line) for hopper-medium-v2."""
+    servers = []
+
+    def start(*script):
+        write_file(tmp_path / "served.hdf5", "hopper-medium-v2", steps=100)
+        server = Server((tmp_path / "served.hdf5").read_bytes(), script)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        servers.append(server)
+        base = f"http://127.0.0.1:{server.server_port}/"
+        return server, ["hopper-medium-v2", "--url-base", base, "--cache", str(tmp_path / "cache")]
+
+    yield start
+    for server in servers:
+        server.released.set()
+        server.shutdown()
+        server.server_close()
+
+
+def check_download(tmp_path, server, argv, **kwargs):
+    assert d4rl.main(argv, **kwargs) == 0
+    cache = tmp_path / "cache"
+    assert [path.name for path in cache.iterdir()] == ["hopper_medium-v2.hdf5"]
+    assert (cache / "hopper_medium-v2.hdf5").read_bytes() == server.content
+    assert minari.load_dataset("D4RL/hopper/medium-v2").total_steps == 100
+
+
+def test_download_resumes_after_truncation(tmp_path, serve):
+    server, argv = serve("truncate", "truncate")
+    check_download(tmp_path, server, argv, pauses=[0])  # one pause: bytes that came renew it
+    assert server.ranges == [None, "bytes=3000-", "bytes=6000-"]
+
+
+def test_download_outlasts_refusals_and_pages(tmp_path, serve, capsys):
+    server, argv = serve(403, 503, "page")
+    check_download(tmp_path, server, argv, pauses=[0, 0, 0])
+    error = capsys.readouterr().err
+    assert "HTTP Error 403: Forbidden; again in 0 s" in error and error.count("again in") == 3
+
+
+def test_download_gives_up_a_silent_connection(tmp_path, serve, capsys):
+    server, argv = serve("stall")
+    check_download(tmp_path, server, argv, pauses=[0], timeout=0.3)
+    assert "timed out; again in 0 s" in capsys.readouterr().err
+    assert server.ranges == [None, "bytes=3000-"]
+
+
+def test_download_starts_over_where_the_server_cannot_resume(tmp_path, serve):
+    server, argv = serve("truncate", "no range")
+    check_download(tmp_path, server, argv, pauses=[0])
+
+
+@pytest.mark.parametrize("surplus", [b"", b"another file's end"])
+def test_download_of_a_whole_or_overlong_part(tmp_path, serve, surplus):
+    server, argv = serve()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "hopper_medium-v2.hdf5.part").write_bytes(server.content + surplus)
+    check_download(tmp_path, server, argv, pauses=[0])
+    assert len(server.ranges) == (2 if surplus else 1)
+
+
+def test_endless_refusal_names_the_file_to_fetch(serve, capsys):
+    server, argv = serve(*[403] * 9)
+    assert d4rl.main(argv, pauses=[0, 0]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert len(server.ranges) == 3
+    assert "gym_mujoco_v2/hopper_medium-v2.hdf5 by hand" in error and "403" in error
+    assert "python datasets/d4rl.py hopper-medium-v2 --file hopper_medium-v2.hdf5" in error
+
+
+def test_always_the_same_truncation_ends(serve, capsys):
+    server, argv = serve("truncate", *["no range", "truncate"] * 5)
+    server.content = server.content[:3000]  # whole for the server, but no whole HDF5 file
+    assert d4rl.main(argv, pauses=[0]) == 2
+    assert "is cut short" in capsys.readouterr().err and len(server.ranges) == 2
+
+
+def test_missing_file_is_not_asked_for_again(serve, capsys):
+    server, argv = serve(404)
+    assert "404" in check_error(capsys, *argv, pauses=[0])
+    assert len(server.ranges) == 1
+
+
+def test_no_network_is_said_at_once(tmp_path, capsys, monkeypatch):
+    def unknown(*_, **__):
+        raise urllib.error.URLError(socket.gaierror(-2, "Name or service not known"))
+
+    monkeypatch.setattr(urllib.request, "urlopen", unknown)
+    error = check_error(capsys, "door-human-v1", "--cache", tmp_path, pauses=[99])
+    assert "not known" in error and "hand_dapg_v1/door-human-v1.hdf5 by hand" in error
+
+
+def test_one_failing_task_does_not_stop_the_next(serve):
+    _, argv = serve(404)
+    assert d4rl.main(["hopper-expert-v2", *argv]) == 2
+    assert minari.load_dataset("D4RL/hopper/medium-v2").total_steps == 100
+
+
+# ---- errors
+
+
+def test_bad_commands(capsys):
+    assert "did you mean hopper-medium-v2" in check_error(capsys, "hopper-medum-v2")
+    assert "hopper-medium-v2" in check_error(capsys, "hopper-medium-v0")
+    assert "name a task" in check_error(capsys)
+    files = check_error(capsys, "hopper-medium-v2", "hopper-expert-v2", "--file", "x.hdf5")
+    assert "one task" in files
+    assert "--url-base" in check_error(capsys, "hopper-medium-v2", "--url-base", "mirror")
+    assert "--help" in check_error(capsys, "--wrong")
+
+
+def not_finite(rows):
+    values = np.zeros((10, 11))
+    values[rows] = np.nan
+    return values
+
+
+BAD_FILES = {
+    "has no actions": {"actions": None},
+    "has no timeouts": {"timeouts": None},
+    "has no rewards": {"rewards": np.zeros(0)},
+    "(10, 17) instead of (10, 11)": {"observations": np.zeros((10, 17))},
+    "(9,) instead of (10, 1)": {"terminals": np.zeros(9, bool)},
+    "(8, 11) instead of (10, 11)": {"next_observations": np.zeros((8, 11))},
+    "observations is not finite at step 6": {"observations": not_finite(6)},
+    "rewards cannot be read": {"rewards": np.array([b"one"] * 10)},
+}
+
+
+@pytest.mark.parametrize("said", BAD_FILES)
+def test_bad_files(tmp_path, store, capsys, said):
+    path = tmp_path / "bad.hdf5"
+    write_file(path, "hopper-medium-v2", **BAD_FILES[said])
+    error = check_error(capsys, "hopper-medium-v2", "--file", path)
+    assert said in error and str(path) in error
+    assert not [path for path in store.rglob("*") if path.is_file()]
+
+
+def test_places_that_cannot_be_written(tmp_path, capsys, monkeypatch):
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    error = check_error(capsys, "hopper-medium-v2", "--cache", taken)
+    assert str(taken) in error and "--cache" in error
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(taken))
+    assert str(taken) in check_error(capsys, "hopper-medium-v2")
+    assert str(taken) in check_error(capsys, "--list")
+
+
+def test_absent_foreign_and_cut_files(tmp_path, capsys):
+    path = tmp_path / "file.hdf5"
+    assert "hopper_medium-v2.hdf5" in check_error(capsys, "hopper-medium-v2", "--file", path)
+    path.write_text("<html>")
+    assert "no HDF5 file" in check_error(capsys, "hopper-medium-v2", "--file", path)
+    write_file(path, "hopper-medium-v2", steps=1000)
+    path.write_bytes(path.read_bytes()[:20_000])
+    assert "cut short" in check_error(capsys, "hopper-medium-v2", "--file", path)
+    write_file(path, "door-human-v1", steps=1, with_next=False)
+    assert "next observation" in check_error(capsys, "door-human-v1", "--file", path)
+
+
+def test_store_keeps_what_it_has(tmp_path, store, capsys):
+    _, before, _ = convert(tmp_path, "hopper-medium-v2")
+    bad = tmp_path / "bad.hdf5"
+    write_file(bad, "hopper-medium-v2", observations=not_finite(9), with_next=False)
+    check_error(capsys, "hopper-medium-v2", "--force", "--file", bad)
+    write_file(bad, "hopper-medium-v2", steps=20)
+    assert d4rl.main(["hopper-medium-v2", "--file", str(bad)]) == 0  # not replaced without --force
+    assert "--force" in capsys.readouterr().out
+    dataset = minari.load_dataset("D4RL/hopper/medium-v2")
+    np.testing.assert_array_equal(dataset[0].observations, before[0].observations)
+    assert d4rl.main(["hopper-medium-v2", "--force", "--file", str(bad)]) == 0
+    assert minari.load_dataset("D4RL/hopper/medium-v2").total_steps == 20
+    names = [path.name for path in (store / "D4RL" / "hopper").iterdir()]
+    assert names == ["medium-v2"]  # nothing half-built is left
+    raw = json.loads((store / "D4RL/hopper/medium-v2/data/metadata.json").read_text())
+    assert raw["dataset_id"] == "D4RL/hopper/medium-v2"

@@ -1,0 +1,77 @@
+"""The report: means, spreads, joined seeds, the README's table, errors."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+spec = importlib.util.spec_from_file_location("report", REPOSITORY / "benchmarks" / "report.py")
+report = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(report)
+
+
+def fake_run(folder, label="IQL", seeds=(0, 1), scores=(10.0, 30.0), best=(20.0, 40.0), **changes):
+    """A finished run with one evaluation at update 5 and the last at 10."""
+    folder.mkdir(parents=True)
+    last = [{"seed": s, "update": 10, "eval/score": v} for s, v in zip(seeds, scores, strict=True)]
+    top = [{"seed": s, "update": 5, "eval/score": v} for s, v in zip(seeds, best, strict=True)]
+    result = {"label": label, "dataset_id": "toy/data-v0", "num_updates": 10, "last": last}
+    result |= {"best_oracle": top, "final_eval_episodes": 100, "commit": "0123456789abcdef"}
+    (folder / "result.json").write_text(json.dumps({**result, **changes}))
+    rows = [{"update": 5, "seed": 0, "train/loss": 1.0}, *top, *last]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_table_holds_mean_and_spread_of_the_last_policies(tmp_path):
+    fake_run(tmp_path / "a")
+    row = report.table(report.read_runs(tmp_path)).splitlines()[-1]
+    cells = "toy/data-v0 | IQL | 10 | 2 | 20.0 ± 10.0 | 30.0 ± 10.0 | 100 | 01234567"
+    assert row == f"| {cells} |"
+
+
+def test_runs_of_other_seeds_join_and_a_repeated_seed_counts_once(tmp_path, capsys):
+    fake_run(tmp_path / "20260101-000000", seeds=(0, 1), scores=(10.0, 30.0))
+    fake_run(tmp_path / "20260102-000000", seeds=(1, 2), scores=(50.0, 90.0))
+    group = report.read_runs(tmp_path)["toy/data-v0"][("IQL", 10)]
+    assert group["last"] == {0: 10.0, 1: 50.0, 2: 90.0}
+    assert group["curve"][10] == {0: 10.0, 1: 50.0, 2: 90.0}
+    assert "replaces earlier runs of seeds [1]" in capsys.readouterr().err
+
+
+def test_returns_stand_in_where_there_are_no_scores(tmp_path):
+    rows = [{"seed": 0, "update": 10, "eval/return": 7.0}]
+    fake_run(tmp_path / "a", last=rows, best_oracle=rows)
+    assert "IQL (return)" in report.table(report.read_runs(tmp_path))
+
+
+def test_main_writes_table_picture_and_readme(tmp_path, capsys):
+    fake_run(tmp_path / "runs" / "a")
+    fake_run(tmp_path / "runs" / "b", label="BC", scores=(1.0, 2.0))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert report.main([str(tmp_path / "runs"), "--readme", str(readme)]) == 0
+    table = (tmp_path / "runs" / "report.md").read_text()
+    assert table.index("| BC |") < table.index("| IQL |")  # the weaker one first
+    assert readme.read_text() == f"before\n{report.BEGIN}\n{table}{report.END}\nafter\n"
+    assert table in capsys.readouterr().out
+    picture = report.plt.imread(tmp_path / "runs" / "report.png")
+    colors = {tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in report.COLORS[:2]}
+    assert colors <= set(
+        map(tuple, np.unique((picture[..., :3] * 255).round().reshape(-1, 3), axis=0))
+    )
+
+
+@pytest.mark.parametrize("case", ["no runs", "no marks"])
+def test_errors_are_one_line(case, tmp_path, capsys):
+    arguments = [str(tmp_path)]
+    if case == "no marks":
+        fake_run(tmp_path / "a")
+        (tmp_path / "README.md").write_text("nothing here\n")
+        arguments += ["--readme", str(tmp_path / "README.md")]
+    assert report.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    if case == "no marks":
+        assert (tmp_path / "README.md").read_text() == "nothing here\n"
