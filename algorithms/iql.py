@@ -80,10 +80,8 @@ class RunConfig:
     download: bool = True  # ask Minari's hub for a dataset_id that the local store lacks
     env_id: str = "auto"  # where to evaluate: auto = the dataset's own, none, or a Gymnasium id
     env_kwargs: dict = field(default_factory=dict)  # arguments of the evaluation environment
-    ref_min_score: Optional[float] = setting(
-        None, -1e9, 1e9
-    )  # return that scores 0; null: dataset's
-    ref_max_score: Optional[float] = setting(None, -1e9, 1e9)  # return that scores 100
+    ref_min_score: Optional[float] = setting(None, -1e9, 1e9)  # return that scores 0
+    ref_max_score: Optional[float] = setting(None, -1e9, 1e9)  # and 100; null = the dataset's
     normalize_obs: bool = setting(False, network=True)  # observations to mean 0, deviation 1
     reward_scale: float = setting(1.0, -1e6, 1e6)  # r <- reward_scale * r + reward_shift
     reward_shift: float = setting(0.0, -1e6, 1e6)  # added to every reward after the scale
@@ -157,6 +155,8 @@ class Linear(nn.Module):
         self.weight, self.bias = draw(in_dim, out_dim), draw(1, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight.shape[-1] == 1:  # a matrix product is slow for a single column
+            return (x * self.weight.mT).sum(-1, keepdim=True) + self.bias
         return torch.baddbmm(self.bias, x, self.weight)
 
 
@@ -178,7 +178,7 @@ class MLP(nn.Module):
         if self.ensemble:
             x = x.unsqueeze(1).expand(-1, self.ensemble, -1, -1).flatten(0, 1)
         for i, layer in enumerate(self.layers[:-1]):
-            x = F.relu(layer(x))
+            x = F.relu_(layer(x))
             if masks is not None:
                 x = x * masks[:, i]
         x = self.layers[-1](x)
@@ -196,8 +196,8 @@ class Scaler(nn.Module):
         low, high = (
             torch.as_tensor(bound, dtype=torch.float32) for bound in (action_low, action_high)
         )
-        self.register_buffer("obs_mean", torch.as_tensor(obs_mean, dtype=torch.float32))
-        self.register_buffer("obs_std", torch.as_tensor(obs_std, dtype=torch.float32))
+        self.register_buffer("obs_mean", torch.as_tensor(obs_mean, dtype=torch.float32).clone())
+        self.register_buffer("obs_std", torch.as_tensor(obs_std, dtype=torch.float32).clone())
         self.register_buffer("action_center", (high + low) / 2)
         self.register_buffer("action_half_range", (high - low) / 2)
 
@@ -277,7 +277,7 @@ class IQL(Agent):
         super().__init__()
         self.cfg, self.scaler = cfg, scaler
         obs_dim, act_dim = len(scaler.obs_mean), len(scaler.action_center)
-        generators = [generator(seed, "init") for seed in member_seeds(cfg)]
+        generators = [generator(seed, "init") for seed in member_seeds(cfg)]  # D1
         self.value = MLP(generators, obs_dim, 1, cfg)
         self.critic = MLP(generators, obs_dim + act_dim, 1, cfg, ensemble=2)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
@@ -372,18 +372,23 @@ class RunError(Exception):
         self.code = code
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """PyYAML would let a key stand twice."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        for key in {key for key in keys if keys.count(key) > 1}:
+            raise RunError(f"{key} more than once: keep one")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str) -> dict:
-    """A YAML mapping; PyYAML alone would let a key stand twice."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        node, values = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeys)
+    except (OSError, ValueError, yaml.YAMLError, RunError) as error:
         raise RunError(f"config {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict) or not values:
         raise RunError(f"config {path} holds no settings: write lines like 'gamma: 0.99'")
-    keys = [key.value for key, _ in node.value]
-    for key in {key for key in keys if keys.count(key) > 1}:
-        raise RunError(f"config {path} sets {key} more than once: keep one")
     return values
 
 
@@ -399,7 +404,10 @@ def convert(spec: dataclasses.Field, raw):
         return str(raw).lower() if str(raw).lower() in choices else fail(f"one of {choices}")
     if kind is str:
         return raw if isinstance(raw, str) else fail("text (put it in quotes)")
-    value = yaml.safe_load(raw) if isinstance(raw, str) else raw
+    try:
+        value = yaml.load(raw, UniqueKeys) if isinstance(raw, str) else raw
+    except (ValueError, yaml.YAMLError):
+        value = raw
     if (optional and value is None) or (kind in (bool, dict) and isinstance(value, kind)):
         return value
     if kind in (bool, dict):
@@ -407,7 +415,7 @@ def convert(spec: dataclasses.Field, raw):
     kind = float if optional else kind
     try:  # YAML 1.1 takes 1e6 for text
         value = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value) or (kind is int and value != int(value)):
         fail("a whole number" if kind is int else "a finite number")
@@ -491,10 +499,10 @@ def find_dataset(dataset_id: str, download: bool) -> Optional[Path]:
     inside = not (Path(dataset_id).is_absolute() or ".." in Path(dataset_id).parts)
     stored = minari.storage.get_dataset_path(dataset_id if inside else None)
     bases = (Path(dataset_id), REPOSITORY / dataset_id, stored)
-    for folder in [base / sub for base in bases for sub in (".", "data")]:
+    for base, folder in [(base, base / sub) for base in bases for sub in (".", "data")]:
         if (folder / "metadata.json").is_file():
-            for file in folder.rglob("*"):
-                if not file.resolve().is_relative_to(folder.resolve()):
+            for file in [folder, *folder.rglob("*")]:
+                if not file.resolve().is_relative_to(base.resolve()):
                     raise RunError(f"dataset {dataset_id}: {file} is a link that leads out of it")
             return folder
     if not inside or any(base.exists() for base in bases):
@@ -539,8 +547,10 @@ def load_dataset(dataset_id: str, folder: Path) -> Dataset:
 
     try:
         source = minari.MinariDataset(folder)
-        episodes = [as_arrays(e) for e in source.storage.get_episodes(range(source.total_episodes))]
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        numbers = range(source.total_episodes)
+        with np.errstate(over="ignore"):  # what float32 cannot hold is found below
+            episodes = [as_arrays(episode) for episode in source.storage.get_episodes(numbers)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         fail(f"in {folder} cannot be read ({type(error).__name__} {' '.join(str(error).split())})")
     space = source.action_space
     if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.is_bounded()):
@@ -558,7 +568,8 @@ def load_dataset(dataset_id: str, folder: Path) -> Dataset:
         excess = np.maximum(space.low - episode["action"], episode["action"] - space.high).max()
         if excess > 1e-5:
             fail(f"episode {number} has actions {excess:.2g} outside of the action space")
-    return join_episodes(episodes, source.storage.metadata, (space.low, space.high))
+    bounds = tuple(bound.astype(np.float32) for bound in (space.low, space.high))
+    return join_episodes(episodes, source.storage.metadata, bounds)
 
 
 def as_arrays(episode: dict) -> dict:
@@ -641,7 +652,7 @@ class Environment:
         return None if None in (low, high) else 100 * (value - low) / (high - low)
 
 
-def find_environment(cfg, metadata: dict, obs_dim: int) -> Optional[Environment]:
+def find_environment(cfg, metadata: dict, scaler: Scaler) -> Optional[Environment]:
     """`env_id`; `auto` is the dataset's own environment with its own reference returns."""
     references, stored = (cfg.ref_min_score, cfg.ref_max_score), None
     if cfg.env_id == "none":
@@ -655,13 +666,17 @@ def find_environment(cfg, metadata: dict, obs_dim: int) -> Optional[Environment]
     try:
         spec = gym.envs.registration.EnvSpec.from_json(stored) if stored else gym.spec(cfg.env_id)
         environment = Environment(spec, cfg.env_kwargs, references)
-        found = flatten_obs(environment.get(1)[0].reset(seed=0)[0]).shape
-    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
+        env = environment.get(1)[0]
+        found = flatten_obs(env.reset(seed=0)[0]).shape, env.action_space.shape
+    except Exception as error:  # an environment may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise RunError(
-            f"env_id {cfg.env_id} does not start ({error}): name another, or none"
+            f"env_id {cfg.env_id} does not start ({reason}): name another, or none"
         ) from None
-    if found != (obs_dim,):
-        raise RunError(f"env_id {spec.id} has observations {found}, the agent takes ({obs_dim},)")
+    sizes = (scaler.obs_mean.shape, scaler.action_center.shape)
+    if found != sizes:
+        sizes = tuple(map(tuple, sizes))
+        raise RunError(f"env_id {spec.id} has observations and actions {found}, the agent {sizes}")
     return environment
 
 
@@ -743,11 +758,21 @@ def draw(agent: nn.Module, cfg, chunk: int, count: int, device) -> tuple:
     return torch.stack(rows, 1), {name: torch.stack(each, 1) for name, each in noise.items()}
 
 
+@contextlib.contextmanager
+def writing(path: Path):
+    """Turns a full or read-only disk into one line."""
+    try:
+        yield
+    except OSError as error:
+        mend = "make room or name another place; what was there is whole"
+        raise RunError(f"cannot write {path} ({error.strerror}): {mend}") from None
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Temporary file, sync, rename: the old file stays until the new one is whole."""
     partial = path.with_name(path.name + ".part")
     try:
-        with open(partial, "wb") as file:
+        with writing(path), open(partial, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -762,9 +787,14 @@ def read_checkpoint(path: str) -> dict:
     if not file.is_file():
         raise RunError(f"checkpoint {file} does not exist: name a run folder or a checkpoint.pt")
     try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-        return {name: saved[name] for name in ("step", "agent", "optimizers", "config", *saved)}
-    except Exception as error:  # torch has many for foreign and truncated files
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch has remarks on foreign files
+            saved = dict(torch.load(file, map_location="cpu", weights_only=True))
+        for name in ("step", "optimizers", "environment", "fingerprint", "config"):
+            saved[name]
+        saved["agent"]["scaler.obs_mean"]
+        return saved
+    except Exception as error:  # and many kinds of errors
         kind = type(error).__name__
         raise RunError(f"{file} is no whole checkpoint ({kind}): use another") from None
 
@@ -816,6 +846,8 @@ class Run:
             self.check_same(read_yaml(str(self.folder / "config.yaml")))
         elif self.folder.is_dir() and any(self.folder.iterdir()):
             raise RunError(f"run_dir {self.folder} holds other files: name another")
+        if cfg.resume and not cfg.run_dir:
+            raise RunError("resume: name the run to go on with: --run_dir PATH")
         if cfg.resume and (self.folder / "checkpoint.pt").is_file():
             self.saved = read_checkpoint(str(self.folder))
 
@@ -835,17 +867,18 @@ class Run:
         names = ("eval_env_spec", "env_spec", "ref_min_score", "ref_max_score")
         self.facts = {"environment": {name: dataset.metadata.get(name) for name in names}}
         self.facts["fingerprint"] = dataset.fingerprint
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         if self.saved:
             self.restore(self.saved)
-        for name in ("metrics.jsonl", "episodes.jsonl"):
-            rows = [r for r in self.rows(name) if r["update"] <= self.step and not r.get("final")]
-            self.write(name, "".join(json.dumps(row) + "\n" for row in rows))
         if not self.saved:
             env_id = environment.spec.id if environment else None
             about = {"fingerprint": dataset.fingerprint, "env_id": env_id, **about}
             self.write("config.yaml", yaml.safe_dump(self.config, sort_keys=False))
             self.write("environment.json", json.dumps(about, indent=1))
+        for name in ("metrics.jsonl", "episodes.jsonl"):
+            rows = [r for r in self.rows(name) if r["update"] <= self.step and not r.get("final")]
+            self.write(name, "".join(json.dumps(row) + "\n" for row in rows))
         self.about = json.loads((self.folder / "environment.json").read_bytes())
         if self.cfg.wandb != "disabled":
             self.start_wandb()
@@ -882,18 +915,20 @@ class Run:
         self.window = saved["window"].to(self.data["obs"].device)
 
     def save(self) -> None:
-        """Write the checkpoint, unless something in it is not finite."""
-        self.open_window()
-        weights = self.agent.state_dict()
-        if not all(values.isfinite().all() for values in weights.values()):
-            self.diverged("a weight", f"update {self.step}")
+        """Write the checkpoint."""
+        self.check_finite()
         content = {name: getattr(self, name) for name in ("step", "seconds", "names", "window")}
-        content |= {**self.facts, "config": self.config, "agent": weights}
+        content |= {**self.facts, "config": self.config, "agent": self.agent.state_dict()}
         optimizers = optimizers_of(self.agent)
         content["optimizers"] = {name: value.state_dict() for name, value in optimizers.items()}
         buffer = io.BytesIO()  # torch's own writer hides why a disk refuses
         torch.save(content, buffer)
         write_whole(self.folder / "checkpoint.pt", buffer.getvalue())
+
+    def check_finite(self) -> None:
+        self.open_window()
+        if not all(values.isfinite().all() for values in self.agent.state_dict().values()):
+            self.diverged("a weight", f"update {self.step}")
 
     def diverged(self, what: str, where: str):
         keeps = f"{self.folder} keeps the last good checkpoint"
@@ -907,7 +942,7 @@ class Run:
 
     def log(self, name: str, rows: list) -> None:
         rows = [{"update": self.step, **row} for row in rows]
-        with open(self.folder / name, "a", encoding="utf-8") as file:
+        with writing(self.folder / name), open(self.folder / name, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         if self.wandb and name == "metrics.jsonl":
             names = [key for key in rows[0] if "/" in key]
@@ -953,6 +988,7 @@ class Run:
         """Evaluate all members, log every episode; returns the mean of the seeds in words."""
         if not (self.environment and episodes):
             return ""
+        self.check_finite()
         began = time.perf_counter()
         rows = evaluate(self.agent, self.environment, self.cfg, episodes)
         seconds, means = time.perf_counter() - began, seed_means(self.cfg, rows)
@@ -988,9 +1024,11 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise RunError(f"device {name} is not to be had here: use auto, cpu or cuda") from None
+        if torch.device(name).type in ("cpu", "cuda"):
+            return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        pass  # no such device
+    raise RunError(f"device {name!r} is not to be had here: use auto, cpu or cuda")
 
 
 def compile_losses(agent: nn.Module, cfg, device: torch.device) -> bool:
@@ -1017,7 +1055,7 @@ def train(agent_class, cfg, select=None) -> None:
         agent = agent_class(cfg, fit_scaler(dataset, cfg)).to(device)
         if cfg.checkpoint:
             load_agent(agent, read_checkpoint(cfg.checkpoint))
-        environment = find_environment(cfg, dataset.metadata, len(agent.scaler.obs_mean))
+        environment = find_environment(cfg, dataset.metadata, agent.scaler)
         run.start(agent, dataset, environment, describe(device, compile_losses(agent, cfg, device)))
         with stop_signals() as asked:
             training_loop(run, asked)
@@ -1049,7 +1087,8 @@ def stop_signals():
 def training_loop(run: Run, asked: list) -> None:
     """Update, log, evaluate, save; ends between two updates once `asked` is filled."""
     cfg, plain = run.cfg, "{n_fmt}/{total_fmt} updates, {rate_fmt}, {remaining} left{postfix}\n"
-    style = {} if sys.stderr.isatty() else {"mininterval": 30, "bar_format": plain}
+    style = {"file": sys.stdout, "mininterval": 30, "bar_format": plain}
+    style = {} if sys.stderr.isatty() else style
     bar = tqdm(total=cfg.num_updates, initial=run.step, unit=" updates", **style)
     mark, since = time.perf_counter(), run.step
     while run.step < cfg.num_updates:
@@ -1088,7 +1127,7 @@ def evaluate_checkpoint(agent_class, cfg) -> None:
     obs, action = (saved["agent"][f"scaler.{name}"] for name in ("obs_mean", "action_center"))
     agent = agent_class(cfg, Scaler(obs, obs, action, action)).to(choose_device(cfg.device))
     load_agent(agent, saved)
-    environment = find_environment(cfg, saved["environment"], len(obs))
+    environment = find_environment(cfg, saved["environment"], agent.scaler)
     if not (environment and cfg.final_eval_episodes):
         raise RunError("eval_only: set env_id and final_eval_episodes: there is nothing to play")
     means = seed_means(cfg, evaluate(agent, environment, cfg, cfg.final_eval_episodes))

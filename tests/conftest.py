@@ -58,7 +58,7 @@ def toy_episodes(seed: int = 0) -> list[EpisodeBuffer]:
 def write_dataset(store: Path, dataset_id: str, episodes: list[EpisodeBuffer], **options) -> Path:
     """Write episodes into the Minari store `store`; returns the dataset's `data` folder."""
     old = os.environ.get("MINARI_DATASETS_PATH")
-    os.environ["MINARI_DATASETS_PATH"] = str(store)
+    os.environ["MINARI_DATASETS_PATH"] = str(store.resolve())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -111,3 +111,33 @@ SHORT = {
 def words(**settings) -> list[str]:
     """A command line of a short run on the toy data, with `settings` on top."""
     return [part for k, v in {**SHORT, **settings}.items() for part in (f"--{k}", str(v))]
+
+
+def contents(folder: Path | str = ".") -> dict[str, bytes]:
+    """Every file below a folder, to show that nothing was lost."""
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return {str(path): path.read_bytes() for path in files}
+
+
+@pytest.fixture
+def iql():
+    """One script, for what the shared blocks alone decide."""
+    return load_script("iql")
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run a command line that must end with exit code 2 and one line, and change no file."""
+
+    def run(script, argv: list[str], *names: str) -> str:
+        before = contents()
+        capsys.readouterr()
+        assert script.main(argv) == 2
+        line = capsys.readouterr().err.strip()
+        assert line.startswith("error: ") and len(line.splitlines()) == 1, line
+        for name in names:
+            assert str(name) in line
+        assert contents() == before
+        return line
+
+    return run

@@ -1,0 +1,256 @@
+"""Settings: YAML files and the command line, and one line for each mistake in them."""
+
+import ast
+import dataclasses
+import inspect
+import re
+import tokenize
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPOSITORY, TOY, contents, words
+
+
+def parse(script, *argv):
+    return script.parse_config(script.TrainConfig, list(argv))
+
+
+def yaml_file(**settings) -> str:
+    Path("some.yaml").write_text(yaml.safe_dump(settings))
+    return "some.yaml"
+
+
+# ---- what is accepted
+
+
+def test_the_command_line_wins_over_the_file_in_either_order(script):
+    path = yaml_file(dataset_id=TOY, seed=3, batch_size=5)
+    first = parse(script, "--config", path, "--seed", "4")
+    last = parse(script, "--seed", "4", "--config", path)
+    assert first == last
+    assert (first.dataset_id, first.seed, first.batch_size) == (TOY, 4, 5)
+    assert first == parse(script, f"--config={path}", "--seed=4")
+
+
+def test_defaults_are_those_of_the_class(script):
+    assert parse(script) == script.TrainConfig()
+
+
+@pytest.mark.parametrize("text", ["1e6", "1_000_000", "1000000", "1.0e6", "1000000.0"])
+def test_spellings_of_a_whole_number(iql, text):
+    Path("some.yaml").write_text(f"num_updates: {text}\n")
+    for cfg in (parse(iql, "--num_updates", text), parse(iql, "--config", "some.yaml")):
+        assert cfg.num_updates == 1_000_000
+        assert type(cfg.num_updates) is int
+
+
+def test_every_kind_of_field(iql):
+    path = yaml_file(
+        label="", ref_min_score=None, ref_max_score=5, env_kwargs={"g": 9.0}, gamma=1, compile=True
+    )
+    cfg = parse(iql, "--config", path)
+    assert (cfg.label, cfg.ref_min_score, cfg.ref_max_score) == ("", None, 5.0)
+    assert (cfg.env_kwargs, cfg.gamma, cfg.compile) == ({"g": 9.0}, 1.0, "true")
+    assert type(cfg.gamma) is float and type(cfg.ref_max_score) is float
+    cfg = parse(
+        iql, "--label", "", "--run_dir=", "--ref_max_score", "null", "--env_kwargs", "{g: 9.0}"
+    )
+    assert (cfg.label, cfg.run_dir, cfg.ref_max_score) == ("", "", None)
+    assert cfg.env_kwargs == {"g": 9.0}
+    cfg = parse(iql, "--label", "10", "--ref_min_score", "-1e3", "--download", "FALSE")
+    assert (cfg.label, cfg.ref_min_score, cfg.download) == ("10", -1000.0, False)
+    assert parse(iql, "--label", "a=b", "--run_dir=x=y").run_dir == "x=y"
+
+
+def test_values_at_the_ends_of_their_ranges(script):
+    for spec in dataclasses.fields(script.TrainConfig):
+        for end in ("low", "high"):
+            bound = spec.metadata.get(end)
+            if bound is not None:
+                cfg = parse(script, f"--{spec.name}", str(bound))
+                assert getattr(cfg, spec.name) == bound
+
+
+def test_every_number_has_a_range_and_every_default_lies_in_it(script):
+    for spec in dataclasses.fields(script.TrainConfig):
+        if spec.type not in (str, bool, dict):
+            low, high = spec.metadata["low"], spec.metadata["high"]
+            assert low < high
+            assert spec.default is None or low <= spec.default <= high
+        if spec.metadata.get("choices"):
+            assert spec.default in spec.metadata["choices"]
+
+
+# ---- what is refused, on the command line and in a file
+
+MISTAKES = [
+    ("num_updates", "2.5", "whole number"),
+    ("num_updates", "many", "whole number"),
+    ("num_updates", "true", "whole number"),
+    ("num_updates", "null", "whole number"),
+    ("num_updates", "[1]", "whole number"),
+    ("num_updates", "0", "between 1 and"),
+    ("num_updates", "-3", "between 1 and"),
+    ("num_updates", ".inf", "whole number"),
+    ("num_updates", "9" * 400, "whole number"),
+    ("num_seeds", "0", "between 1 and"),
+    ("gamma", "text", "finite number"),
+    ("gamma", "yes", "finite number"),
+    ("gamma", ".nan", "finite number"),
+    ("gamma", "nan", "finite number"),
+    ("gamma", "-.inf", "finite number"),
+    ("gamma", "inf", "finite number"),
+    ("gamma", "1.01", "between 0 and 1"),
+    ("gamma", "-0.01", "between 0 and 1"),
+    ("gamma", "{}", "finite number"),
+    ("gamma", "2020-13-45", "finite number"),
+    ("ref_min_score", "low", "finite number"),
+    ("ref_min_score", "nan", "finite number"),
+    ("download", "maybe", "true or false"),
+    ("download", "1", "true or false"),
+    ("env_kwargs", "3", "mapping"),
+    ("env_kwargs", "[1]", "mapping"),
+    ("compile", "sometimes", "one of"),
+    ("wandb", "on line", "one of"),
+]
+
+
+@pytest.mark.parametrize("name, text, expected", MISTAKES)
+def test_wrong_values(iql, refused, name, text, expected):
+    refused(iql, [f"--{name}", text], name, expected)
+    refused(iql, [f"--{name}={text}"], name, expected)
+    Path("some.yaml").write_text(f"{name}: {text}\n")
+    if text != "2020-13-45":  # there the file itself is broken
+        refused(iql, ["--config", "some.yaml"], name, expected)
+
+
+@pytest.mark.parametrize(
+    "text", ["@", "[", "{a: 1", "a: b: c", "%", "*x", "!!python/name:os.getcwd"]
+)
+@pytest.mark.parametrize("name", ["gamma", "env_kwargs"])
+def test_values_that_are_no_yaml(iql, refused, name, text):
+    refused(iql, [f"--{name}", text], name)
+
+
+def test_text_has_to_be_text(iql, refused):
+    Path("some.yaml").write_text("label: 10\n")
+    refused(iql, ["--config", "some.yaml"], "label", "quotes")
+    Path("some.yaml").write_text("dataset_id: null\n")
+    refused(iql, ["--config", "some.yaml"], "dataset_id")
+
+
+@pytest.mark.parametrize(
+    "name, hint", [("gama", "gamma"), ("num_update", "num_updates"), ("xyzzy", "--help")]
+)
+def test_an_unknown_setting_gets_a_hint(iql, refused, name, hint):
+    refused(iql, [f"--{name}", "1"], name, hint)
+    refused(iql, ["--config", yaml_file(**{name: 1})], name, hint)
+
+
+@pytest.mark.parametrize("flag", ["--gam", "--num_up", "--conf", "--config_path", "--data"])
+def test_abbreviations_are_unknown_settings(script, refused, flag):
+    refused(script, [flag, "0.9"], flag[2:])
+
+
+@pytest.mark.parametrize(
+    "argv, name",
+    [
+        (["--gamma"], "--gamma"),
+        (["--gamma", "--seed", "3"], "--gamma"),
+        (["--seed", "3", "--gamma"], "--gamma"),
+        (["--config"], "--config"),
+        (["gamma", "0.9"], "gamma"),
+        (["--seed", "3", "4"], "4"),
+        (["-gamma", "0.9"], "-gamma"),
+        (["--", "0.9"], "--"),
+    ],
+)
+def test_flags_and_values_out_of_step(iql, refused, argv, name):
+    refused(iql, argv, name)
+
+
+@pytest.mark.parametrize(
+    "content, name",
+    [
+        (b"", "no settings"),
+        (b"# gamma: 0.99\n", "no settings"),
+        (b"- gamma\n- 0.99\n", "no settings"),
+        (b"gamma\n", "no settings"),
+        (b"{}\n", "no settings"),
+        (b"gamma: [0.99\nseed: 3\n", "cannot be read"),
+        (b"gamma: 0.99\n\tseed: 3\n", "cannot be read"),
+        (b"gamma: !!python/object/apply:os.getcwd []\n", "cannot be read"),
+        (b"gamma: 0.99\n---\nseed: 3\n", "cannot be read"),
+        (b"label: \xff\xfe\n", "cannot be read"),
+        (b"\x00\x01\x02", "cannot be read"),
+        (b"gamma: 0.99\nseed: 3\ngamma: 0.9\n", "gamma more than once"),
+    ],
+)
+def test_broken_files(iql, refused, content, name):
+    Path("some.yaml").write_bytes(content)
+    refused(iql, ["--config", "some.yaml"], "some.yaml", name)
+
+
+def test_no_such_file(script, refused):
+    refused(script, ["--config", "nowhere.yaml"], "nowhere.yaml")
+    refused(script, ["--config", "."], "config")
+    refused(script, ["--config", ""], "config")
+
+
+def test_duplicate_keys_inside_a_mapping(iql, refused):
+    Path("some.yaml").write_text("env_kwargs:\n  g: 1.0\n  g: 2.0\n")
+    refused(iql, ["--config", "some.yaml"], "g more than once")
+
+
+# ---- help
+
+
+def comments(config_class) -> dict[str, str]:
+    """Field -> the comment within its lines, for a class and its parents."""
+    found = {}
+    for each in reversed(config_class.__mro__[:-1]):
+        lines = inspect.getsource(each).splitlines(keepends=True)
+        tokens = list(tokenize.generate_tokens(iter(lines).__next__))
+        for node in ast.parse("".join(lines)).body[0].body:
+            if isinstance(node, ast.AnnAssign):
+                found[node.target.id] = " ".join(
+                    token.string.lstrip("# ")
+                    for token in tokens
+                    if token.type == tokenize.COMMENT
+                    and node.lineno <= token.start[0] <= node.end_lineno
+                )
+    return found
+
+
+def test_help_explains_every_field(script, capsys):
+    with pytest.raises(SystemExit) as end:
+        script.main(["--seed", "3", "--help"])
+    assert end.value.code in (0, None)
+    out, err = capsys.readouterr()
+    assert err == "" and contents() == {}
+    shown = re.split(r"^  --(\w+)", out, flags=re.MULTILINE)
+    shown = dict(zip(shown[1::2], shown[2::2], strict=True))
+    explained = comments(script.TrainConfig)
+    assert explained.keys() == {spec.name for spec in dataclasses.fields(script.TrainConfig)}
+    for name, comment in explained.items():
+        assert comment and "".join(comment.split()) in "".join(shown[name].split()), name
+
+
+# ---- the config of a run
+
+
+def test_the_config_of_a_run_runs_again_as_it_is(script):
+    assert script.main(words(label="again", env_kwargs="{g: 9.0}", num_seeds=2)) == 0
+    saved = yaml.safe_load(Path("run/config.yaml").read_text())
+    names = {spec.name for spec in dataclasses.fields(script.TrainConfig)}
+    assert saved.keys() == names - {"run_dir", "resume", "checkpoint", "eval_only"}
+    assert script.main(["--config", "run/config.yaml", "--run_dir", "again"]) == 0
+    for name in ("config.yaml", "episodes.jsonl"):
+        assert Path("again", name).read_bytes() == Path("run", name).read_bytes()
+
+
+def test_configs_of_the_repository_are_read(script):
+    for path in sorted((REPOSITORY / "configs").glob("*/*.yaml")):
+        if path.parent.name.split("_1")[0] == Path(script.__file__).stem:
+            assert parse(script, "--config", str(path)).dataset_id

@@ -1,0 +1,83 @@
+"""What the README says is true: its commands, its code, its table, its links."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY, SCRIPTS, load_script
+from test_report import report
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+SHELL = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if line]
+PYTHON = [shlex.split(line, comments=True) for line in SHELL if line.startswith("python ")]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("command", PYTHON, ids=" ".join)
+def test_command_names_what_exists(command, monkeypatch):
+    """Every script is there and takes the arguments; training itself is not started."""
+    script, arguments = REPOSITORY / command[1], command[2:]
+    assert script.is_file()
+    if script.parent.name != "algorithms":
+        done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+        assert done.returncode == 0
+        flags = [word for word in arguments if word.startswith("--")]
+        assert all(flag in done.stdout for flag in flags)
+        return
+    monkeypatch.chdir(REPOSITORY)
+    module = load_script(script.stem)
+    if "--help" in arguments:
+        with pytest.raises(SystemExit) as stop:
+            module.parse_config(module.TrainConfig, arguments)
+        assert stop.value.code == 0
+    elif "RUN" in arguments:  # stands for a run folder of the reader's
+        with pytest.raises(module.RunError, match=r"RUN|dataset_id"):
+            module.train(module.IQL, module.parse_config(module.TrainConfig, arguments))
+    else:
+        module.parse_config(module.TrainConfig, arguments)
+
+
+def test_own_data_lines_run(monkeypatch, tmp_path):
+    """The recording code, and the training command after it, shortened."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
+    code = next(text for kind, text in BLOCKS if kind == "python")
+    assert len(code.splitlines()) <= 16
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    command = next(words for words in PYTHON if "mine/pendulum-v0" in words)
+    short = ["--num_updates", "2", "--final_eval_episodes", "1"]
+    assert load_script("iql").main([*command[2:4], *short]) == 0
+
+
+def test_make_targets_exist():
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"make (\w+)", README)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("https://") or (REPOSITORY / target).exists(), target
+
+
+def test_every_script_has_its_row():
+    for name in SCRIPTS:
+        assert f"[{name}.py](algorithms/{name}.py)" in README
+
+
+def test_table_is_what_the_results_give():
+    inside = README.split(report.BEGIN)[1].split(report.END)[0]
+    assert inside.strip() == report.table(report.read_runs(RESULTS)).strip()
+
+
+def test_stored_results_agree_with_their_own_episodes():
+    """A row's score is the mean of the episodes beside it."""
+    for folder in {path.parent for path in RESULTS.rglob("result.json")}:
+        result = report.json.loads((folder / "result.json").read_text())
+        episodes = report.read_rows(folder / "episodes.jsonl")
+        for row in result["last"]:
+            own = [e for e in episodes if e["final"] and e["seed"] == row["seed"]]
+            assert len(own) == result["final_eval_episodes"]
+            assert row["eval/score"] == pytest.approx(sum(e["score"] for e in own) / len(own))
