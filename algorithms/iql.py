@@ -822,7 +822,7 @@ def describe(device: torch.device, compiled: bool) -> dict:
         "commit": commit.strip() or None,
         "command": sys.argv,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "machine": platform.platform(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
         "threads": torch.get_num_threads(),
         "compile": compiled,
         "python": platform.python_version(),

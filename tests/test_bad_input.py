@@ -440,10 +440,10 @@ def test_a_log_that_cannot_be_written(iql, capsys, monkeypatch):
 
 def test_places_where_nothing_can_be_written(iql, refused):
     Path("file").write_text("mine")
-    refused(iql, words(run_dir="file/run"), "file/run", "another place")
+    refused(iql, words(run_dir="file/run"), "file/run", "make room")
     refused(iql, words(run_dir="file"), "file")
     if Path("/proc/self").is_dir():
-        refused(iql, words(run_dir="/proc/run"), "/proc/run", "another place")
+        refused(iql, words(run_dir="/proc/run"), "/proc/run", "make room")
 
 
 # ---- environments and devices
