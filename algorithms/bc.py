@@ -439,7 +439,8 @@ def locate_dataset(cfg) -> Path:
             f"{mend}\n",
             file=sys.stderr,
         )
-        cfg.dataset_id, cfg.env_id, cfg.env_kwargs = cfg.fallback_dataset_id, "auto", {}
+        cfg.dataset_id, cfg.env_kwargs = cfg.fallback_dataset_id, {}
+        cfg.env_id = "none" if cfg.env_id == "none" else "auto"
         cfg.ref_min_score = cfg.ref_max_score = None
         folder = find_dataset(cfg.dataset_id, download=False)
     if folder is None:
@@ -794,20 +795,24 @@ class Run:
         print(f"run folder: {self.folder}")
 
     def start_wandb(self) -> None:
-        import wandb
-
         key = self.folder / "wandb_id"  # the same page after a resume
         if not key.is_file():
             self.write(key.name, f"{time.time_ns():x}")
-        self.wandb = wandb.init(
-            project=self.cfg.wandb_project,
-            name=f"{self.label} {self.cfg.dataset_id}",
-            id=key.read_text(),
-            resume="allow",
-            mode=self.cfg.wandb,
-            dir=self.folder,
-            config=self.config,
-        )
+        known = {"id": key.read_text(), "resume": "allow", "mode": self.cfg.wandb}
+        name = f"{self.label} {self.cfg.dataset_id}"
+        try:
+            import wandb
+
+            self.wandb = wandb.init(
+                project=self.cfg.wandb_project,
+                name=name,
+                dir=self.folder,
+                config=self.config,
+                **known,
+            )
+        except Exception as error:  # no login, no network, not installed
+            reason = " ".join(str(error).split())
+            raise RunError(f"wandb does not start ({reason}): use offline or disabled") from None
 
     def write(self, name: str, text: str) -> None:
         write_whole(self.folder / name, text.encode())
@@ -966,8 +971,8 @@ def train(agent_class, cfg, select=None) -> None:
             load_agent(agent, read_checkpoint(cfg.checkpoint))
         environment = find_environment(cfg, dataset.metadata, agent.scaler)
         run.start(agent, dataset, environment, describe(device, compile_losses(agent, cfg, device)))
-        with stop_signals() as asked:
-            training_loop(run, asked)
+        with stop_signals() as asked, progress(run) as bar:
+            training_loop(run, asked, bar)
         run.evaluate(cfg.final_eval_episodes, final=True)
         run.finish()
     report(json.loads((run.folder / "result.json").read_bytes()), run.folder)
@@ -993,12 +998,18 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def training_loop(run: Run, asked: list) -> None:
+def progress(run: Run) -> tqdm:
+    """A bar on a terminal, else a plain line every half minute."""
+    style = {}
+    if not sys.stderr.isatty():
+        plain = "{n_fmt}/{total_fmt} updates, {rate_fmt}, {remaining} left{postfix}\n"
+        style = {"file": sys.stdout, "mininterval": 30, "bar_format": plain}
+    return tqdm(total=run.cfg.num_updates, initial=run.step, unit=" updates", **style)
+
+
+def training_loop(run: Run, asked: list, bar: tqdm) -> None:
     """Update, log, evaluate, save; ends between two updates once `asked` is filled."""
-    cfg, plain = run.cfg, "{n_fmt}/{total_fmt} updates, {rate_fmt}, {remaining} left{postfix}\n"
-    style = {"file": sys.stdout, "mininterval": 30, "bar_format": plain}
-    style = {} if sys.stderr.isatty() else style
-    bar = tqdm(total=cfg.num_updates, initial=run.step, unit=" updates", **style)
+    cfg = run.cfg
     mark, since = time.perf_counter(), run.step
     while run.step < cfg.num_updates:
         run.update()
@@ -1018,14 +1029,13 @@ def training_loop(run: Run, asked: list) -> None:
         if asked:
             mend = f"python {sys.argv[0]} --run_dir {run.folder} --resume true"
             raise RunError(f"stopped at update {run.step}, nothing is lost; to go on: {mend}", 130)
-    bar.close()
 
 
 def report(result: dict, where) -> None:
     for row in result["last"]:
         score = f", score {row['eval/score']:.1f}" if "eval/score" in row else ""
         print(f"seed {row['seed']}: return {row['eval/return']:.1f}{score}")
-    print(f"{result['final_eval_episodes']} episodes a seed; {where}")
+    print(f"{result['final_eval_episodes']} evaluation episodes a seed; {where}")
 
 
 def evaluate_checkpoint(agent_class, cfg) -> None:

@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-BLOCK = re.compile(r"^# >>> shared: (.+)\n(.*?)^# <<< shared: \1$", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^# >>> shared: ([^\n]+)\n(.*?)^# <<< shared: \1$", re.DOTALL | re.MULTILINE)
 ALGORITHMS = Path(__file__).resolve().parents[1] / "algorithms"
 
 
