@@ -678,6 +678,11 @@ def find_environment(cfg, metadata: dict, scaler: Scaler) -> Optional[Environmen
     if found != sizes:
         sizes = tuple(map(tuple, sizes))
         raise RunError(f"env_id {spec.id} has observations and actions {found}, the agent {sizes}")
+    if spec.max_episode_steps is None and "max_episode_steps" not in cfg.env_kwargs:
+        mend = "add --env_kwargs '{max_episode_steps: 1000}'"
+        raise RunError(
+            f"env_id {spec.id} has no time limit, an episode could last for ever: {mend}"
+        )
     return environment
 
 
