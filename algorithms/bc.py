@@ -272,7 +272,7 @@ def best_episodes(dataset: "Dataset", cfg: TrainConfig) -> "Dataset":
 
 
 # ---- frame: the same in every script ----
-# >>> shared: command line
+# >>> shared: command_line
 class RunError(Exception):
     """Ends the script with one line and `code`: 2 where the user can mend it."""
 
@@ -377,7 +377,7 @@ def member_seeds(cfg) -> range:
     return range(cfg.seed, cfg.seed + cfg.num_seeds)
 
 
-# <<< shared: command line
+# <<< shared: command_line
 
 
 # >>> shared: data
@@ -938,7 +938,7 @@ class Run:
 # <<< shared: run
 
 
-# >>> shared: training loop
+# >>> shared: training_loop
 def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1079,7 +1079,7 @@ def command_line(agent_class, config_class, argv=None, select=None) -> int:
     return 0
 
 
-# <<< shared: training loop
+# <<< shared: training_loop
 
 
 def main(argv=None) -> int:

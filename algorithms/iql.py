@@ -363,7 +363,7 @@ class IQL(Agent):
 
 
 # ---- frame: the same in every script ----
-# >>> shared: command line
+# >>> shared: command_line
 class RunError(Exception):
     """Ends the script with one line and `code`: 2 where the user can mend it."""
 
@@ -468,7 +468,7 @@ def member_seeds(cfg) -> range:
     return range(cfg.seed, cfg.seed + cfg.num_seeds)
 
 
-# <<< shared: command line
+# <<< shared: command_line
 
 
 # >>> shared: data
@@ -1029,7 +1029,7 @@ class Run:
 # <<< shared: run
 
 
-# >>> shared: training loop
+# >>> shared: training_loop
 def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1170,7 +1170,7 @@ def command_line(agent_class, config_class, argv=None, select=None) -> int:
     return 0
 
 
-# <<< shared: training loop
+# <<< shared: training_loop
 
 
 def main(argv=None) -> int:

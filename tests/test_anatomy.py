@@ -189,7 +189,7 @@ def test_sections_stand_in_order(source):
         source.line("# <<< shared: networks"),
         source.agent.lineno,
         source.line(FRAME),
-        source.line("# >>> shared: command line"),
+        source.line("# >>> shared: command_line"),
         main.lineno,
         guard.lineno,
     ]
@@ -313,7 +313,7 @@ def test_every_script_has_every_block(source):
     """Or a variant of it, such as `data:sequence`; in one order everywhere."""
     kinds = [name.split(":")[0] for name in source.blocks]
     kinds = [kind for kind in kinds if kind != "online"]
-    names = "config, networks, command line, data, evaluation, run, training loop"
+    names = "config, networks, command_line, data, evaluation, run, training_loop"
     assert kinds == names.split(", ")
 
 
