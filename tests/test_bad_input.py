@@ -475,7 +475,6 @@ class Broken(PendulumEnv):
 gym.register("TwoActions-v0", TwoActions, max_episode_steps=20)
 gym.register("Buttons-v0", Buttons, max_episode_steps=20)
 gym.register("Broken-v0", Broken, max_episode_steps=20)
-gym.register("Endless-v0", PendulumEnv)
 
 
 def test_unknown_environments(iql, refused):
@@ -489,14 +488,6 @@ def test_unknown_environments(iql, refused):
 @pytest.mark.parametrize("name", ["CartPole-v1", "TwoActions-v0", "Buttons-v0"])
 def test_environments_that_do_not_fit(iql, refused, name):
     refused(iql, words(env_id=name), name)
-
-
-def test_an_environment_without_a_time_limit(iql, refused):
-    refused(iql, words(env_id="Endless-v0"), "Endless-v0", "max_episode_steps")
-    limited = words(env_id="Endless-v0", env_kwargs="{max_episode_steps: 5}")
-    assert iql.main(limited) == 0
-    rows = Path("run/episodes.jsonl").read_text().splitlines()
-    assert all(json.loads(row)["length"] == 5 for row in rows)
 
 
 def test_an_environment_that_does_not_fit_a_checkpoint(iql, refused, finished):

@@ -673,6 +673,19 @@ def test_no_environment_no_evaluation(script):
     assert json.loads(Path("run/result.json").read_text())["last"] == []
 
 
+def test_environments_as_older_gymnasiums_wrote_them(iql):
+    """Sets on Minari's hub still have fields that Gymnasium 1.0 dropped."""
+    write_dataset(Path("store"), "old-v0", toy_episodes())
+    path = Path("store/old-v0/data/metadata.json")
+    metadata = json.loads(path.read_text())
+    old = '"autoreset": false, "disable_env_checker"'
+    metadata["env_spec"] = metadata["env_spec"].replace('"disable_env_checker"', old)
+    assert "autoreset" in json.loads(metadata["env_spec"])
+    path.write_text(json.dumps(metadata))
+    assert iql.main(words(dataset_id="store/old-v0")) == 0
+    assert json.loads(Path("run/result.json").read_text())["env_id"] == "ToyPendulum-v0"
+
+
 def test_scores_are_null_without_references(iql):
     write_dataset(Path("store"), "bare-v0", toy_episodes(), ref_min_score=None, ref_max_score=None)
     assert iql.main(words(dataset_id="store/bare-v0")) == 0
