@@ -18,6 +18,8 @@ Deviations:
         one initialisation for all scripts; the paper names none.
     D2  `deterministic: true` replaces log pi(a|s) by -|pi(s) - a|^2, as CORL does for some Hopper
         tasks; the paper's Gaussian policy is the default.
+    D3  Actions of the data are used as they are; the authors' code clips them to +-(1 - 1e-5),
+        which only a squashed policy needs.
 
 Metrics, means over the batch: `train/value_loss`, `train/critic_loss`, `train/actor_loss`;
 `train/v`, `train/q` the values at the data (a q that never stops growing means divergence);
@@ -112,7 +114,7 @@ class RunConfig:
 
 @dataclass
 class TrainConfig(RunConfig):
-    """IQL's own settings; the defaults are the paper's for MuJoCo locomotion."""
+    """IQL's own settings; defaults: the paper's for locomotion, but for its scale of rewards."""
 
     gamma: float = setting(0.99, 0, 1)  # discount
     expectile: float = setting(0.7, 0, 1)  # tau of L_V; 0.5 = mean, towards 1 = maximum
@@ -307,7 +309,7 @@ class IQL(Agent):
         if self.cfg.deterministic:
             log_prob = -(policy - action).square().sum(-1)  # D2
         else:
-            log_prob = self.actor.log_prob(policy, action)
+            log_prob = self.actor.log_prob(policy, action)  # D3
         return -(weight * log_prob).mean(-1), (weight >= 100).float().mean(-1)
 
     def critic_loss(self, batch: dict, next_v: Tensor):

@@ -268,6 +268,8 @@ def choose(curve: list) -> tuple[int, int]:
 def train(robot: str, steps: int, seed: int) -> None:
     """SAC, then the chosen policies with their recipe into datasets/policies/<robot>.pt."""
     env_id, curve, actors = ENVIRONMENTS[robot], [], {}
+    if (POLICIES / f"{robot}.pt").exists():  # the recorded sets belong to them
+        raise CollectError(f"{POLICIES / robot}.pt exists: move it away to train anew")
 
     def on_eval(step, actor):
         curve.append((step, float(np.mean(evaluate(actor, env_id, 10)))))
@@ -413,6 +415,8 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # the order of sums, and so every bit, depends on it
     try:
+        if args.steps is not None and args.steps < 1:
+            raise CollectError(f"--steps {args.steps}: give at least 1")
         if args.what == "train":
             train(args.robot, args.steps or 200_000, args.seed)
         else:

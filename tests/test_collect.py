@@ -150,7 +150,17 @@ def test_errors_are_one_line_and_keep_what_is_there(tmp_path, capsys, monkeypatc
     assert collect.main(["hopper", "medium", "--out", str(tmp_path / "old")]) == 2
     assert "exists" in capsys.readouterr().err
     assert (tmp_path / "old" / "file").read_text() == "kept"
+    assert collect.main(["hopper", "random", "--steps", "0"]) == 2
+    assert "--steps 0" in capsys.readouterr().err
     monkeypatch.setattr(collect, "POLICIES", tmp_path)
     assert collect.main(["hopper", "medium", "--out", str(tmp_path / "new")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "train" in error and error.count("\n") == 1
+
+
+def test_training_anew_keeps_the_policies_that_are_there(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(collect, "POLICIES", tmp_path)
+    (tmp_path / "hopper.pt").write_bytes(b"kept")
+    assert collect.main(["hopper", "train", "--steps", "1"]) == 2
+    assert "hopper.pt exists" in capsys.readouterr().err
+    assert (tmp_path / "hopper.pt").read_bytes() == b"kept"
