@@ -88,6 +88,7 @@ class RunConfig:
     reward_scale: float = setting(1.0, -1e6, 1e6)  # r <- reward_scale * r + reward_shift
     reward_shift: float = setting(0.0, -1e6, 1e6)  # added to every reward after the scale
     reward_by_return_range: bool = False  # also r <- 1000 r / (best - worst return of the data)
+    success_reward: Optional[float] = setting(None, -1e9, 1e9)  # stored r >= this is a termination
     seed: int = setting(0, 0, 2**31)  # seed of the first member
     num_seeds: int = setting(1, 1, 1024, network=True)  # seeds trained at once: seed, seed + 1, ...
     num_updates: int = setting(1_000_000, 1, 10**10)  # gradient updates of each member
@@ -156,35 +157,57 @@ class Linear(nn.Module):
 
         self.weight, self.bias = draw(in_dim, out_dim), draw(1, out_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.weight.shape[-1] == 1:  # a matrix product is slow for a single column
-            return (x * self.weight.mT).sum(-1, keepdim=True) + self.bias
-        return torch.baddbmm(self.bias, x, self.weight)
+    def forward(self, x: Tensor, every: int = 1) -> Tensor:
+        """`every` = E runs only the first network of each member: [S, B, in_dim]."""
+        weight, bias = self.weight[::every], self.bias[::every]
+        if weight.shape[-1] == 1:  # a matrix product is slow for a single column
+            return (x * weight.mT).sum(-1, keepdim=True) + bias
+        return torch.baddbmm(bias, x, weight)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation (arXiv 1607.06450) of each of `count` networks: [count, B, dim]."""
+
+    def __init__(self, count: int, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(count, 1, dim))
+        self.bias = nn.Parameter(torch.zeros(count, 1, dim))
+
+    def forward(self, x: Tensor, every: int = 1) -> Tensor:
+        x = F.layer_norm(x, x.shape[-1:])
+        return torch.addcmul(self.bias[::every], x, self.weight[::every])
 
 
 class MLP(nn.Module):
-    """ReLU network of each member: [S, B, in_dim] -> [S, B, out_dim].
+    """ReLU network of each member: [S, B, in_dim] -> [S, B, out_dim]; `hidden`: its widths.
 
     With `ensemble` = E every member has E networks that read the same input: -> [S, E, B, out_dim].
+    `layer_norm` normalises the hidden units after each ReLU.
     """
 
-    def __init__(self, generators, in_dim: int, out_dim: int, cfg, ensemble: int = 0):
+    def __init__(self, generators, in_dim, hidden, out_dim, ensemble=0, layer_norm=False):
         super().__init__()
-        sizes = [in_dim, *[cfg.hidden_dim] * cfg.hidden_layers, out_dim]
-        pairs, count = itertools.pairwise(sizes), max(1, ensemble)
+        pairs, count = itertools.pairwise([in_dim, *hidden, out_dim]), max(1, ensemble)
         self.layers = nn.ModuleList(Linear(generators, *pair, count) for pair in pairs)
-        self.ensemble = ensemble
+        norms = [LayerNorm(count * len(generators), dim) for dim in hidden] if layer_norm else []
+        self.norms, self.ensemble = nn.ModuleList(norms), ensemble
 
-    def forward(self, x: Tensor, masks: Optional[Tensor] = None) -> Tensor:
-        """`masks` [S, hidden_layers, B, hidden_dim] multiply the hidden units (dropout)."""
-        if self.ensemble:
-            x = x.unsqueeze(1).expand(-1, self.ensemble, -1, -1).flatten(0, 1)
+    def forward(self, x: Tensor, masks: Optional[Tensor] = None, first: bool = False) -> Tensor:
+        """`masks` [S, hidden_layers, B, hidden_dim] multiply the hidden units (dropout).
+
+        `first` runs only the first network of an ensemble: -> [S, B, out_dim].
+        """
+        ensemble, every = (0, self.ensemble) if first else (self.ensemble, 1)
+        if ensemble:
+            x = x.unsqueeze(1).expand(-1, ensemble, -1, -1).flatten(0, 1)
         for i, layer in enumerate(self.layers[:-1]):
-            x = F.relu_(layer(x))
+            x = F.relu_(layer(x, every))
+            if self.norms:
+                x = self.norms[i](x, every)
             if masks is not None:
                 x = x * masks[:, i]
-        x = self.layers[-1](x)
-        return x.unflatten(0, (-1, self.ensemble)) if self.ensemble else x
+        x = self.layers[-1](x, every)
+        return x.unflatten(0, (-1, ensemble)) if ensemble else x
 
 
 class Scaler(nn.Module):
@@ -219,18 +242,33 @@ class Agent(nn.Module):
     batch_fields: tuple  # what `update` reads of the data
     compiled: tuple  # names of the losses that torch.compile may compile
 
+    def table(self, data: dict, starts: Tensor) -> dict:  # noqa: ARG002
+        """What batches are drawn from: columns of N rows, given the prepared transitions.
+
+        `starts` [E + 1] is the first row of each episode, then N.
+        """
+        return {name: data[name] for name in self.batch_fields}
+
+    def gather(self, data: dict, rows: Tensor) -> dict:
+        """The batch at `rows` [S, B] of the table."""
+        return {name: values[rows] for name, values in data.items()}
+
     def noise_shapes(self) -> dict:
         """The random numbers of `update`: name -> ("normal" or "uniform", shape for one member)."""
         return {}
+
+    def variant(self, step: int) -> tuple:  # noqa: ARG002
+        """What else `update` is told: plain values, such as whether a delayed actor moves."""
+        return ()
 
     def learning_rates(self, step: int) -> dict:  # noqa: ARG002
         """Scheduled learning rates: optimizer -> value."""
         return {}
 
 
-def adam(module: nn.Module, lr: float) -> torch.optim.Adam:
+def adam(parameters, lr: float) -> torch.optim.Adam:
     """One Adam for all members: it is elementwise, so they do not touch each other."""
-    return torch.optim.Adam(module.parameters(), lr=lr, fused=True)
+    return torch.optim.Adam(parameters, lr=lr, fused=True)
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -255,7 +293,8 @@ class Policy(nn.Module):
 
     def __init__(self, generators, obs_dim: int, act_dim: int, cfg):
         super().__init__()
-        self.mean = MLP(generators, obs_dim, act_dim, cfg)
+        hidden = [cfg.hidden_dim] * cfg.hidden_layers
+        self.mean = MLP(generators, obs_dim, hidden, act_dim)
         if not cfg.deterministic:
             self.log_std = nn.Parameter(torch.zeros(len(generators), 1, act_dim))
 
@@ -280,13 +319,14 @@ class IQL(Agent):
         self.cfg, self.scaler = cfg, scaler
         obs_dim, act_dim = len(scaler.obs_mean), len(scaler.action_center)
         generators = [generator(seed, "init") for seed in member_seeds(cfg)]  # D1
-        self.value = MLP(generators, obs_dim, 1, cfg)
-        self.critic = MLP(generators, obs_dim + act_dim, 1, cfg, ensemble=2)
+        hidden = [cfg.hidden_dim] * cfg.hidden_layers
+        self.value = MLP(generators, obs_dim, hidden, 1)
+        self.critic = MLP(generators, obs_dim + act_dim, hidden, 1, ensemble=2)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.actor = Policy(generators, obs_dim, act_dim, cfg)
-        self.value_optimizer = adam(self.value, cfg.value_lr)
-        self.critic_optimizer = adam(self.critic, cfg.critic_lr)
-        self.actor_optimizer = adam(self.actor, cfg.actor_lr)
+        self.value_optimizer = adam(self.value.parameters(), cfg.value_lr)
+        self.critic_optimizer = adam(self.critic.parameters(), cfg.critic_lr)
+        self.actor_optimizer = adam(self.actor.parameters(), cfg.actor_lr)
 
     def v(self, obs: Tensor) -> Tensor:
         """V(s) [S, B]."""
@@ -626,6 +666,10 @@ def prepare(dataset: Dataset, cfg, scaler: Scaler) -> dict:
     data = {k: torch.as_tensor(values, device=device) for k, values in dataset.transitions.items()}
     data["obs"], data["next_obs"] = scaler.obs(data["obs"]), scaler.obs(data["next_obs"])
     data["action"] = scaler.action(data["action"])
+    if cfg.success_reward is not None:
+        data["terminated"] = torch.maximum(
+            data["terminated"], (data["reward"] >= cfg.success_reward).float()
+        )
     data["reward"] = scale * data["reward"] + cfg.reward_shift
     return data
 
@@ -747,24 +791,29 @@ def seed_means(cfg, episodes: list) -> list:
 
 
 # >>> shared: run
-CHUNK = 32  # updates whose random numbers are drawn at once
 NOT_OF_THE_RUN = ("run_dir", "resume", "checkpoint", "eval_only")  # left out of its config.yaml
 MAY_CHANGE = ("download", "wandb", "wandb_project")  # on resume
 
 
-def draw(agent: nn.Module, cfg, chunk: int, count: int, device) -> tuple:
-    """The randomness of updates CHUNK * chunk and following, each member's from its own generators.
+def chunk_length(agent: nn.Module) -> int:
+    """Updates whose random numbers are drawn at once: 32, or fewer where that takes much memory."""
+    numbers = sum(math.prod(shape) for _, shape in agent.noise_shapes().values())
+    return max(1, min(32, 2**24 // max(1, numbers)))
 
-    Row numbers below `count` [CHUNK, S, B], and the agent's noise {name: [CHUNK, S, *shape]}.
+
+def draw(agent: nn.Module, cfg, chunk: int, count: int, device) -> tuple:
+    """The randomness of the updates of a chunk, each member's from its own generators.
+
+    Row numbers below `count` [L, S, B] and the agent's noise {name: [L, S, *shape]}, L updates.
     """
-    rows, noise, shapes = [], {}, agent.noise_shapes()
+    rows, noise, shapes, length = [], {}, agent.noise_shapes(), chunk_length(agent)
     samplers = {"normal": torch.randn, "uniform": torch.rand}
     for seed in member_seeds(cfg):
-        size, g = (CHUNK, cfg.batch_size), generator(seed, "batch", chunk, device)
+        size, g = (length, cfg.batch_size), generator(seed, "batch", chunk, device)
         rows.append(torch.randint(count, size, generator=g, device=device))
         for name, (kind, shape) in shapes.items():
             g = generator(seed, name, chunk, device)
-            each = samplers[kind](CHUNK, *shape, generator=g, device=device)
+            each = samplers[kind](length, *shape, generator=g, device=device)
             noise.setdefault(name, []).append(each)
     return torch.stack(rows, 1), {name: torch.stack(each, 1) for name, each in noise.items()}
 
@@ -872,9 +921,10 @@ class Run:
 
     def start(self, agent: nn.Module, dataset: Dataset, environment, about: dict) -> None:
         """Make the folder, or restore the checkpoint and cut the logs back to it."""
-        self.agent, self.environment, self.draws, self.window = agent, environment, None, None
+        self.agent, self.environment, self.draws, self.window = agent, environment, None, {}
         data = prepare(dataset, self.cfg, agent.scaler)
-        self.data = {name: data[name] for name in agent.batch_fields}
+        self.data = agent.table(data, torch.as_tensor(dataset.starts, device=data["obs"].device))
+        self.chunk = chunk_length(agent)
         names = ("eval_env_spec", "env_spec", "ref_min_score", "ref_max_score")
         self.facts = {"environment": {name: dataset.metadata.get(name) for name in names}}
         self.facts["fingerprint"] = dataset.fingerprint
@@ -926,13 +976,15 @@ class Run:
             optimizer.load_state_dict(saved["optimizers"][name])
             for group in optimizer.param_groups:
                 group["fused"] = True
-        self.step, self.seconds, self.names = saved["step"], saved["seconds"], saved["names"]
-        self.window = saved["window"].to(self.data["obs"].device)
+        self.step, self.seconds, device = saved["step"], saved["seconds"], self.data["obs"].device
+        for name, (updates, values) in saved["window"].items():
+            self.window[name] = dict(zip(updates, values.to(device).unbind(), strict=True))
 
     def save(self) -> None:
         """Write the checkpoint."""
         self.check_finite()
-        content = {name: getattr(self, name) for name in ("step", "seconds", "names", "window")}
+        window = {k: (list(v), torch.stack(list(v.values()))) for k, v in self.window.items()}
+        content = {"step": self.step, "seconds": self.seconds, "window": window}
         content |= {**self.facts, "config": self.config, "agent": self.agent.state_dict()}
         optimizers = optimizers_of(self.agent)
         content["optimizers"] = {name: value.state_dict() for name, value in optimizers.items()}
@@ -967,35 +1019,37 @@ class Run:
 
     def update(self) -> None:
         """One update of all members; its metrics stay on the device."""
-        (chunk, offset), device = divmod(self.step, CHUNK), self.data["obs"].device
+        (chunk, offset), agent = divmod(self.step, self.chunk), self.agent
         if offset == 0 or self.draws is None:
-            self.draws = draw(self.agent, self.cfg, chunk, len(self.data["obs"]), device)
+            data = self.data["obs"]
+            self.draws = draw(agent, self.cfg, chunk, len(data), data.device)
         rows, noise = self.draws
-        batch = {name: values[rows[offset]] for name, values in self.data.items()}
-        for optimizer, value in self.agent.learning_rates(self.step).items():
+        batch = agent.gather(self.data, rows[offset])
+        for optimizer, value in agent.learning_rates(self.step).items():
             for group in optimizer.param_groups:
                 group["lr"] = value
-        metrics = self.agent.update(batch, {name: values[offset] for name, values in noise.items()})
-        if self.window is None:
-            size = (self.cfg.log_every, len(metrics), self.cfg.num_seeds)
-            self.names, self.window = list(metrics), torch.zeros(size, device=device)
-        self.window[self.step % self.cfg.log_every] = torch.stack(list(metrics.values()))
+        noise = {name: values[offset] for name, values in noise.items()}
+        metrics = agent.update(batch, noise, *agent.variant(self.step))
         self.step += 1
+        for name, value in metrics.items():
+            self.window.setdefault(name, {})[self.step] = value
 
-    def open_window(self) -> np.ndarray:
-        """Metrics [updates since the last log row, names, seeds]; all finite, or the run ends."""
-        count = (self.step - 1) % self.cfg.log_every + 1
-        window = self.window[:count].cpu().numpy()
-        for row, i, member in np.argwhere(~np.isfinite(window))[:1]:
-            where = f"update {self.step - count + row + 1}, seed {self.cfg.seed + member}"
-            self.diverged(self.names[i], where)
-        return window
+    def open_window(self) -> dict:
+        """Each metric's values since the last log row [updates, seeds]; all finite, or it ends."""
+        found, broken = {}, []
+        for name, values in self.window.items():
+            found[name] = torch.stack(list(values.values())).cpu().numpy()
+            for row, member in np.argwhere(~np.isfinite(found[name]))[:1]:
+                broken.append((list(values)[row], self.cfg.seed + member, name))
+        for update, seed, name in sorted(broken)[:1]:
+            self.diverged(name, f"update {update}, seed {seed}")
+        return found
 
     def log_metrics(self, speed: float) -> None:
-        means = self.open_window().mean(0, dtype=np.float64)
-        rows = []
+        means = {k: v.mean(0, dtype=np.float64) for k, v in self.open_window().items()}
+        rows, self.window = [], {}
         for member, seed in enumerate(member_seeds(self.cfg)):
-            metrics = {f"train/{name}": means[i, member] for i, name in enumerate(self.names)}
+            metrics = {f"train/{name}": values[member] for name, values in means.items()}
             rows.append({"seed": seed, **metrics, "time/updates_per_second": speed})
         self.log("metrics.jsonl", rows)
 

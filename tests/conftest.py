@@ -120,6 +120,14 @@ def contents(folder: Path | str = ".") -> dict[str, bytes]:
 
 
 @pytest.fixture
+def float64():
+    """Python numbers in `torch.where` and the like then lose no digits either."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
 def iql():
     """One script, for what the shared blocks alone decide."""
     return load_script("iql")

@@ -402,12 +402,12 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(script, capsys, monkeypa
     agent_class = next(c for c in vars(script).values() if c in script.Agent.__subclasses__())
     update, kept, limits = agent_class.update, {}, []
 
-    def fill(agent, batch, noise):
+    def fill(agent, batch, noise, *variant):
         if Path("run/checkpoint.pt").is_file() and not limits:
             kept.update(contents("run"))
             limits.append(file_limit(4000))
             limits[0].__enter__()
-        return update(agent, batch, noise)
+        return update(agent, batch, noise, *variant)
 
     monkeypatch.setattr(agent_class, "update", fill)
     try:

@@ -1,8 +1,4 @@
-"""Losses, gradients and whole updates against float64 computations from the papers' equations.
-
-Nothing of a script takes part in the expected numbers but its initial weights: networks are plain
-matrices, one member and one critic at a time, Adam is written out, gradients are autograd's.
-"""
+"""BC and IQL: losses, gradients, whole updates against float64 computations from the papers."""
 
 import copy
 import math
@@ -12,103 +8,25 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_script, words
+from plain import (
+    ACT,
+    BATCH,
+    SEEDS,
+    PlainAdam,
+    check_act,
+    check_moments,
+    check_weights,
+    flat,
+    forward,
+    make_agent,
+    make_batch,
+    matrices,
+    member,
+    of_member,
+    same,
+)
 
-OBS, ACT, BATCH, HIDDEN, LAYERS, SEEDS = 5, 3, 12, 7, 2, 3
-TIGHT = {"rtol": 1e-9, "atol": 1e-12}
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    """Python numbers in `torch.where` and the like then lose no digits either."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def make_agent(name: str, agent_class: str, **settings):
-    """An agent in float64 with small networks and a scaler that does something."""
-    script, g = load_script(name), torch.Generator().manual_seed(1)
-    size = {"hidden_dim": HIDDEN, "hidden_layers": LAYERS, "batch_size": BATCH}
-    cfg = script.TrainConfig(**{**size, "num_seeds": SEEDS, "num_updates": 1000, **settings})
-    mean, std = torch.randn(OBS, generator=g), torch.rand(OBS, generator=g) + 0.5
-    scaler = script.Scaler(mean, std, np.array([-2.0, -1.0, 0.0]), np.array([2.0, 3.0, 0.5]))
-    return getattr(script, agent_class)(cfg, scaler).double()
-
-
-def make_batch(seed: int, dropout: bool = False) -> tuple[dict, dict]:
-    g = torch.Generator().manual_seed(seed)
-    batch = {
-        "obs": torch.randn(SEEDS, BATCH, OBS, generator=g),
-        "action": 2 * torch.rand(SEEDS, BATCH, ACT, generator=g) - 1,
-        "reward": torch.randn(SEEDS, BATCH, generator=g),
-        "next_obs": torch.randn(SEEDS, BATCH, OBS, generator=g),
-        "terminated": (torch.rand(SEEDS, BATCH, generator=g) < 0.4).double(),
-    }
-    assert 0 < batch["terminated"].mean() < 1
-    uniform = torch.rand(SEEDS, LAYERS, BATCH, HIDDEN, generator=g)
-    return batch, {"dropout": uniform} if dropout else {}
-
-
-# ---- the plain computation
-
-
-def matrices(mlp, index: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Copies of the weights of network number `index` of a population of networks."""
-    pairs = [(layer.weight[index], layer.bias[index, 0]) for layer in mlp.layers]
-    return [tuple(x.detach().clone().requires_grad_() for x in pair) for pair in pairs]
-
-
-def forward(x, network, masks=None):
-    """ReLU between the layers; masks [layers, B, width] multiply the hidden units."""
-    for i, (weight, bias) in enumerate(network):
-        x = x @ weight + bias
-        if i < len(network) - 1:
-            x = torch.maximum(x, torch.zeros(()))
-            x = x if masks is None else x * masks[i]
-    return x
-
-
-def flat(network) -> list[torch.Tensor]:
-    return [x for pair in network for x in pair]
-
-
-def of_member(tensors, k: int) -> list[torch.Tensor]:
-    """Member k's part of tensors [S*E, ...]: all of its first network, then of its second."""
-    each = len(tensors[0]) // SEEDS
-    return [x[k * each + i] for i in range(each) for x in tensors]
-
-
-class PlainAdam:
-    """Kingma and Ba (arXiv 1412.6980), algorithm 1, with the paper's constants."""
-
-    def __init__(self, parameters, lr: float):
-        self.parameters, self.lr, self.t = parameters, lr, 0
-        self.m = [torch.zeros_like(p) for p in parameters]
-        self.v = [torch.zeros_like(p) for p in parameters]
-
-    def step(self, loss: torch.Tensor) -> None:
-        self.t += 1
-        gradients = torch.autograd.grad(loss, self.parameters)
-        with torch.no_grad():
-            for i, (p, g) in enumerate(zip(self.parameters, gradients, strict=True)):
-                self.m[i] = 0.9 * self.m[i] + 0.1 * g
-                self.v[i] = 0.999 * self.v[i] + 0.001 * g**2
-                m, v = self.m[i] / (1 - 0.9**self.t), self.v[i] / (1 - 0.999**self.t)
-                p -= self.lr * m / (v.sqrt() + 1e-8)
-
-
-def check_weights(mlp, index: int, network, what: str) -> None:
-    for layer, (weight, bias) in zip(mlp.layers, network, strict=True):
-        same(layer.weight[index], weight, what)
-        same(layer.bias[index, 0], bias, what)
-
-
-def same(actual, expected, what: str = "") -> None:
-    close = TIGHT if actual.dtype == torch.float64 else {"rtol": 1e-6, "atol": 0}
-    torch.testing.assert_close(
-        actual.detach().double(), expected.detach(), **close, msg=lambda text: f"{what}: {text}"
-    )
-
+pytestmark = pytest.mark.usefixtures("float64")
 
 # ---- BC
 
@@ -148,29 +66,9 @@ def test_bc_updates():
     check_moments(agent.actor_optimizer, agent.actor, adams)
 
 
-def check_moments(optimizer, module, adams) -> None:
-    """Adam's moments and its count; `adams` are the members' plain ones."""
-    states = [optimizer.state[p] for p in module.parameters()]
-    for k, adam in enumerate(adams):
-        assert {float(state["step"]) for state in states} == {adam.t}
-        for name, expected in (("exp_avg", adam.m), ("exp_avg_sq", adam.v)):
-            for a, b in zip(of_member([s[name] for s in states], k), expected, strict=True):
-                same(a.reshape(b.shape), b, name)
-
-
 def test_bc_acts_in_the_environments_units():
     agent, (batch, _) = make_agent("bc", "BC"), make_batch(5)
     check_act(agent, agent.actor, 3 * batch["obs"])
-
-
-def check_act(agent, mlp, obs) -> None:
-    """a = center + half_range tanh(network((s - mean) / std)) within the bounds."""
-    scaler, action = agent.scaler, agent.act(obs)
-    low, high = torch.tensor([-2.0, -1.0, 0.0]), torch.tensor([2.0, 3.0, 0.5])
-    for k in range(SEEDS):
-        seen = (obs[k] - scaler.obs_mean) / scaler.obs_std
-        policy = forward(seen, matrices(mlp, k)).tanh()
-        same(action[k], low + (high - low) * (policy + 1) / 2, "action")
 
 
 # ---- IQL
@@ -286,10 +184,6 @@ class PlainIQL:
                 for old, new in zip(flat(target), flat(critic), strict=True):
                     old.copy_((1 - self.c.tau) * old + self.c.tau * new)
         return metrics
-
-
-def member(batch: dict, k: int) -> dict:
-    return {name: values[k] for name, values in batch.items()}
 
 
 def plain_masks(noise: dict, k: int, p: float):
