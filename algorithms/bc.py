@@ -498,7 +498,8 @@ def load_dataset(dataset_id: str, folder: Path) -> Dataset:
         source = minari.MinariDataset(folder)
         numbers = range(source.total_episodes)
         with np.errstate(over="ignore"):  # what float32 cannot hold is found below
-            episodes = [as_arrays(episode) for episode in source.storage.get_episodes(numbers)]
+            stored = tqdm(source.storage.get_episodes(numbers), "reading", len(numbers), delay=5)
+            episodes = [as_arrays(episode) for episode in stored]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         fail(f"in {folder} cannot be read ({type(error).__name__} {' '.join(str(error).split())})")
     space = source.action_space

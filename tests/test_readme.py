@@ -44,11 +44,15 @@ def test_own_data_lines_run(monkeypatch, tmp_path):
     """The recording code, and the training command after it, shortened."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
     code = next(text for kind, text in BLOCKS if kind == "python")
-    assert len(code.splitlines()) <= 16
+    assert len(code.splitlines()) <= 15
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
-    command = next(words for words in PYTHON if "mine/pendulum-v0" in words)
-    short = ["--num_updates", "2", "--final_eval_episodes", "1"]
-    assert load_script("iql").main([*command[2:4], *short]) == 0
+    commands = [words for words in PYTHON if "mine/pendulum-v0" in words]
+    short = ["--num_updates", "2", "--final_eval_episodes", "1", "--run_dir"]
+    assert len(commands) == 2 and "none" in commands[1]
+    for i, command in enumerate(commands):
+        assert load_script("iql").main([*command[2:], *short, f"run{i}"]) == 0
+        result = report.json.loads((tmp_path / f"run{i}/result.json").read_text())
+        assert bool(result["last"]) == (i == 0)
 
 
 def test_make_targets_exist():
