@@ -460,6 +460,7 @@ def find_dataset(dataset_id: str, download: bool) -> Optional[Path]:
             minari.download_dataset(dataset_id)
             return stored / "data"
         except Exception as error:  # every remote of Minari's has errors of its own
+            shutil.rmtree(stored, ignore_errors=True)  # half a dataset would pass for one
             reason = (str(error) or type(error).__name__).strip().splitlines()[0]
             print(f"{dataset_id} does not come from Minari's hub: {reason}", file=sys.stderr)
     return None
@@ -500,7 +501,7 @@ def load_dataset(dataset_id: str, folder: Path) -> Dataset:
         with np.errstate(over="ignore"):  # what float32 cannot hold is found below
             stored = tqdm(source.storage.get_episodes(numbers), "reading", len(numbers), delay=5)
             episodes = [as_arrays(episode) for episode in stored]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+    except Exception as error:  # each of Minari's formats has errors of its own
         fail(f"in {folder} cannot be read ({type(error).__name__} {' '.join(str(error).split())})")
     space = source.action_space
     if not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.is_bounded()):
@@ -592,6 +593,7 @@ class Environment:
     spec: gym.envs.registration.EnvSpec
     kwargs: dict
     references: tuple  # ref_min, ref_max, or None
+    differs: Optional[str] = None  # how it is not the environment that the references belong to
     copies: list = field(default_factory=list)  # made when needed, then kept
 
     def get(self, count: int) -> list:
@@ -626,10 +628,15 @@ def find_environment(cfg, metadata: dict, scaler: Scaler) -> Optional[Environmen
         if None in references:
             references = (metadata.get("ref_min_score"), metadata.get("ref_max_score"))
     try:
-        spec = read_spec(stored) if stored else gym.spec(cfg.env_id)
-        environment = Environment(spec, cfg.env_kwargs, references)
-        env = environment.get(1)[0]
-        found = flatten_obs(env.reset(seed=0)[0]).shape, env.action_space.shape
+        with contextlib.redirect_stderr(io.StringIO()):  # gymnasium-robotics prints a notice
+            if not stored and cfg.env_id not in gym.registry:
+                import gymnasium_robotics  # noqa: F401, it registers its environments
+
+            spec = read_spec(stored) if stored else gym.spec(cfg.env_id)
+            differs = metadata.get("environment_differs") if stored else None
+            environment = Environment(spec, cfg.env_kwargs, references, differs)
+            env = environment.get(1)[0]
+            found = flatten_obs(env.reset(seed=0)[0]).shape, env.action_space.shape
     except Exception as error:  # an environment may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RunError(
@@ -833,6 +840,7 @@ class Run:
         self.data = agent.table(data, torch.as_tensor(dataset.starts, device=data["obs"].device))
         self.chunk = chunk_length(agent)
         names = ("eval_env_spec", "env_spec", "ref_min_score", "ref_max_score")
+        names += ("environment_differs",)
         self.facts = {"environment": {name: dataset.metadata.get(name) for name in names}}
         self.facts["fingerprint"] = dataset.fingerprint
         with writing(self.folder):
@@ -984,6 +992,7 @@ class Run:
         result = {"algorithm": self.algorithm, "label": self.label}
         result |= {name: self.config[name] for name in names}
         result |= {name: self.about[name] for name in ("env_id", "fingerprint", "commit")}
+        result["environment_differs"] = self.environment.differs if self.environment else None
         result["seconds"] = round(self.seconds, 1)
         result["last"] = [row for row in evaluations if row["final"]]
         result["best_oracle"] = list(best.values())
@@ -1097,6 +1106,8 @@ def report(result: dict, where) -> None:
     for row in result["last"]:
         score = f", score {row['eval/score']:.1f}" if "eval/score" in row else ""
         print(f"seed {row['seed']}: return {row['eval/return']:.1f}{score}")
+    if result["environment_differs"]:
+        print(f"the environment differs: {result['environment_differs']}")
     print(f"{result['final_eval_episodes']} evaluation episodes a seed; {where}")
 
 
@@ -1112,7 +1123,8 @@ def evaluate_checkpoint(agent_class, cfg) -> None:
     if not (environment and cfg.final_eval_episodes):
         raise RunError("eval_only: set env_id and final_eval_episodes: there is nothing to play")
     means = seed_means(cfg, evaluate(agent, environment, cfg, cfg.final_eval_episodes))
-    report({"last": means, "final_eval_episodes": cfg.final_eval_episodes}, cfg.checkpoint)
+    result = {"last": means, "final_eval_episodes": cfg.final_eval_episodes}
+    report({**result, "environment_differs": environment.differs}, cfg.checkpoint)
 
 
 def command_line(agent_class, config_class, argv=None, select=None) -> int:

@@ -28,6 +28,7 @@ COLORS = (
     "#AA3377",
     "#BBBBBB",
 )  # Tol, bright
+DIFFERS = "environment_differs"  # set where D4RL's own environment was not to be had
 BEGIN, END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
 
 
@@ -75,12 +76,13 @@ def table(groups: dict) -> str:
     ]
     for dataset, rows in sorted(groups.items()):
         for (label, updates), group in sorted(rows.items(), key=order):
+            differs = " (environment differs)" if group["result"].get(DIFFERS) else ""
             cells = (
                 dataset,
                 label if group["unit"] == "eval/score" else f"{label} (return)",
                 f"{updates:,}",
                 len(group["last"]),
-                spread(group["last"].values()),
+                spread(group["last"].values()) + differs,
                 spread(group["best"].values()),
                 group["result"]["final_eval_episodes"],
                 (group["result"]["commit"] or "unknown")[:8],

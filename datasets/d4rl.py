@@ -38,6 +38,7 @@ import errno
 import hashlib
 import http.client
 import io
+import json
 import os
 import socket
 import sys
@@ -65,6 +66,7 @@ URL_BASE = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "stitch" / "d4rl"
 PAUSES = (2, 5, 15, 45, 120)  # seconds between attempts that brought nothing
 TIMEOUT = 30  # seconds without a byte after which a connection is given up
+SOURCE = "d4rl-hdf5"  # marks what was converted here in Minari's metadata
 BATCH = 100_000  # steps held in memory at once
 LOCAL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG}
 OUTCOMES = ("episodes", "terminated", "timed_out", "cut")
@@ -100,8 +102,16 @@ class Task:
     note: str  # what of today's environment differs from D4RL's
 
     @property
-    def in_store(self) -> bool:
-        return (get_dataset_path(self.minari_id) / "data" / "metadata.json").exists()
+    def stored(self) -> str:
+        """What Minari's store has under this task's id: nothing (""), "D4RL's" or "other" data."""
+        path = get_dataset_path(self.minari_id) / "data" / "metadata.json"
+        if not path.exists():
+            return ""
+        try:
+            source = str(json.loads(path.read_bytes()).get("source"))
+        except (ValueError, AttributeError):
+            source = ""
+        return "D4RL's" if source.startswith(SOURCE) else "other"
 
 
 def read_tasks() -> dict[str, Task]:
@@ -468,7 +478,7 @@ def metadata(task: Task, path: Path, counts: dict) -> dict:
         "total_steps": counts["steps"],
         "ref_min_score": task.ref_min_score,
         "ref_max_score": task.ref_max_score,
-        "source": f"d4rl-hdf5 {digest}",
+        "source": f"{SOURCE} {digest}",
         "source_file": path.name,
         "counts": counts,
         "author": {"Justin Fu", "Aviral Kumar", "Ofir Nachum", "George Tucker", "Sergey Levine"},
@@ -490,7 +500,7 @@ def show_tasks(tasks: dict[str, Task]) -> None:
     for task in tasks.values():
         sizes = (task.obs_dim, task.act_dim, task.max_episode_steps)
         references = (f"{task.ref_min_score:.2f}", f"{task.ref_max_score:.2f}")
-        stored = task.minari_id if task.in_store else "-"
+        stored = task.minari_id if task.stored == "D4RL's" else "-"
         text += columns.format(task.task, task.suite, *sizes, *references, stored)
     sys.stdout.write(text)
 
@@ -554,9 +564,12 @@ def main(
 def run(task: Task, args: argparse.Namespace, pauses: Iterable[float], timeout: float) -> int:
     """Download and convert one task; returns 0 or 2, for the next task may still go well."""
     try:
-        if task.in_store and not args.force:
+        if task.stored == "D4RL's" and not args.force:
             print(f"{task.minari_id} is in the store already; --force replaces it")
             return 0
+        if task.stored == "other" and not args.force:
+            why = "is not D4RL's own data: Minari's hub re-created some under the same names"
+            raise D4RLError(f"{task.minari_id} in the store {why}; --force replaces it")
         url = task.url.replace(URL_BASE, args.url_base.rstrip("/"))
         path = args.file or args.cache.expanduser() / Path(url).name
         if not args.file and not path.exists():

@@ -541,3 +541,21 @@ def test_store_keeps_what_it_has(tmp_path, store, capsys):
     assert names == ["medium-v2"]  # nothing half-built is left
     raw = json.loads((store / "D4RL/hopper/medium-v2/data/metadata.json").read_text())
     assert raw["dataset_id"] == "D4RL/hopper/medium-v2"
+
+
+def test_the_hubs_data_of_the_same_name_are_not_taken_for_d4rls(tmp_path, store, capsys):
+    """Minari's hub gives re-created data names such as D4RL/antmaze/umaze-v2."""
+    convert(tmp_path, "hopper-medium-v2")
+    path = store / "D4RL/hopper/medium-v2/data/metadata.json"
+    raw = json.loads(path.read_text())
+    del raw["source"]
+    path.write_text(json.dumps(raw))
+    capsys.readouterr()
+    argv = ["hopper-medium-v2", "--file", str(tmp_path / "file.hdf5")]
+    error = check_error(capsys, *argv)
+    assert "D4RL/hopper/medium-v2" in error and "--force" in error
+    assert json.loads(path.read_text()) == raw
+    assert d4rl.main(["--list"]) == 0
+    assert "D4RL/hopper/medium-v2" not in capsys.readouterr().out
+    assert d4rl.main([*argv, "--force"]) == 0
+    assert json.loads(path.read_text())["source"].startswith("d4rl-hdf5 ")

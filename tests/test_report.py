@@ -31,6 +31,11 @@ def test_table_holds_mean_and_spread_of_the_last_policies(tmp_path):
     assert row == f"| {cells} |"
 
 
+def test_scores_of_another_environment_say_so(tmp_path):
+    fake_run(tmp_path / "a", environment_differs="no pen is dropped")
+    assert "| 20.0 ± 10.0 (environment differs) |" in report.table(report.read_runs(tmp_path))
+
+
 def test_runs_of_other_seeds_join_and_a_repeated_seed_counts_once(tmp_path, capsys):
     fake_run(tmp_path / "20260101-000000", seeds=(0, 1), scores=(10.0, 30.0))
     fake_run(tmp_path / "20260102-000000", seeds=(1, 2), scores=(50.0, 90.0))

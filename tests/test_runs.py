@@ -46,10 +46,10 @@ class Crash(Exception):
 
 
 def long(script, **settings) -> list[str]:
-    """The command line of a run that is to be interrupted; with dropout where there is one."""
-    if "actor_dropout" in script.TrainConfig.__dataclass_fields__:
-        settings = {"actor_dropout": 0.3, **settings}
-    return words(**{**LONG, **settings})
+    """The command line of a run that is to be interrupted; with dropout and phases, if it has any."""
+    more = {"actor_dropout": 0.3, "behavior_updates": 8, "warm_start": 16}
+    more = {k: v for k, v in more.items() if k in script.TrainConfig.__dataclass_fields__}
+    return words(**{**LONG, **more, **settings})
 
 
 def agent_of(script) -> type:
@@ -1016,3 +1016,21 @@ def test_runs_with_short_chunks_resume_to_the_bit(iql, monkeypatch):
     ours, theirs = saved("cut"), saved("whole")
     for name, value in theirs["agent"].items():
         assert torch.equal(ours["agent"][name], value), name
+
+
+def test_scores_of_another_environment_say_so(iql, capsys):
+    """What D4RL's environment had and today's lacks stands beside the score, also later."""
+    folder = write_dataset(Path("store"), "other-v0", toy_episodes())
+    about = json.loads((folder / "metadata.json").read_text())
+    sentence = "the pen may be dropped"
+    (folder / "metadata.json").write_text(json.dumps({**about, "environment_differs": sentence}))
+    given = {"dataset_id": "store/other-v0"}
+    assert iql.main(words(**given)) == 0
+    assert f"the environment differs: {sentence}\n" in capsys.readouterr().out
+    assert json.loads(Path("run/result.json").read_text())["environment_differs"] == sentence
+    assert iql.main(["--checkpoint", "run", "--eval_only", "true"]) == 0
+    assert sentence in capsys.readouterr().out
+    named = {"env_id": "Pendulum-v1", "env_kwargs": "{max_episode_steps: 5}", "run_dir": "named"}
+    assert iql.main(words(**given, **named)) == 0  # whoever names another knows what it is
+    assert json.loads(Path("named/result.json").read_text())["environment_differs"] is None
+    assert sentence not in capsys.readouterr().out

@@ -13,7 +13,8 @@ for path in sorted((REPOSITORY / "configs").glob("*/*.yaml")):
     FILES.setdefault(path.parent.name, []).append(path)
 COMPLETE = ["bc", "bc_10", "iql"]  # folders with a file for every task
 SCRIPT = {"bc_10": "bc"}  # where a folder is not named as its script
-TASK_FIELDS = {"dataset_id", "fallback_dataset_id", "ref_min_score", "ref_max_score", "env_id"}
+TASK_FIELDS = {"dataset_id", "download", "fallback_dataset_id", "env_id"}
+TASK_FIELDS |= {"ref_min_score", "ref_max_score"}
 
 with (REPOSITORY / "datasets" / "tasks.csv").open(newline="") as file:
     TASKS = {row["task"].rpartition("-v")[0]: row for row in csv.DictReader(file)}
@@ -65,6 +66,7 @@ def test_data_and_references_are_the_tables(folder):
     for path in FILES[folder]:
         config, task = read(path)[0], TASKS[path.stem]
         assert config.dataset_id == task["minari_id"], path
+        assert not config.download, path  # the hub's re-created sets share such names
         assert config.ref_min_score == float(task["ref_min_score"]), path
         assert config.ref_max_score == float(task["ref_max_score"]), path
 
@@ -105,7 +107,9 @@ def test_comment_names_task_source_and_environment(folder):
         else:
             assert "Environment differs" not in words, path
         if task["suite"] == "kitchen":
-            hint = f"--dataset_id {task['hub_id']} --env_id auto --ref_min_score null"
+            hint = (
+                f"--dataset_id {task['hub_id']} --download true --env_id auto --ref_min_score null"
+            )
             assert f"{hint} --ref_max_score null" in words, path
         lines = path.read_text(encoding="utf-8").splitlines()
         assert [line for line in lines if len(line) > 100] == [], path
