@@ -3,30 +3,45 @@
     python datasets/collect.py hopper train            # SAC for 200k steps -> policies and recipe
     python datasets/collect.py hopper medium           # record a tier into Minari's store
     python datasets/collect.py hopper medium-replay    # run that training again, keep its replay
+    python datasets/collect.py pointmaze umaze         # needs no training: a controller plans
 
 Tiers, after D4RL (arXiv 2004.07219, section 5); training is evaluated every 5,000 steps:
 
     random         uniformly random actions
     medium         the policy of the first evaluation between a third and a half of the best return
-    medium-replay  every transition that the learner saw up to the medium policy
+    medium-replay  every transition that the learner saw up to the medium policy, or its first
+                   --steps of them
     expert         the policy of the best evaluation
     medium-expert  one half medium, one half expert
 
 Policies act stochastically while they are recorded, as D4RL's did. Reference returns are means
 over 100 episodes: 0 = random actions, 100 = the mean action of our expert. The same command gives
 the same `fingerprint` (in the metadata) on the same machine and package versions.
+
+PointMaze, after D4RL's maze2d: a controller heads from cell to cell, with Gaussian noise on its
+actions. Observations are x, y and velocities. They do not show the goal, which is evaluation's:
+reaching it brings reward 1 and ends the episode. A score of 100 means that every episode from the
+start reaches the goal, as the controller's without noise do; 0 = random actions.
+
+    umaze, medium, large  from any cell to random cells, one after the other
+    stitch                in a cross of corridors; no episode runs from the start to the goal
 """
 
 import argparse
 import copy
 import hashlib
 import importlib.metadata
+import io
 import itertools
 import json
+import math
 import os
 import sys
 import tempfile
 import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Optional
 
@@ -35,6 +50,7 @@ import h5py
 import minari
 import numpy as np
 import torch
+from gymnasium.wrappers import FilterObservation, FlattenObservation
 from minari.data_collector import EpisodeBuffer
 from torch import nn
 from torch.nn import functional as F
@@ -43,7 +59,39 @@ from tqdm import tqdm
 POLICIES = Path(__file__).resolve().parent / "policies"
 ENVIRONMENTS = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5"}
 TIERS = ("random", "medium", "medium-replay", "expert", "medium-expert")
+# maze: environment, D4RL's limit of steps, start and goal of evaluation as cells (row, column)
+MAZES = {
+    "umaze": ("PointMaze_UMaze-v3", 300, (1, 1), (3, 1)),
+    "medium": ("PointMaze_Medium-v3", 600, (1, 1), (6, 6)),
+    "large": ("PointMaze_Large-v3", 800, (1, 1), (7, 9)),
+    "stitch": ("PointMaze_UMaze-v3", 300, (4, 3), (2, 5)),
+}
+# stitch has a maze of its own, with the start S, the goal G and a dead end A. Eight of nine
+# episodes come from S and turn left into A, which they never leave. One of nine comes from B,
+# wanders between B and the crossing, also a bit down the stem s, and goes on to G. So cloning the
+# data leads from S to A, and only values tell to turn right.
+#
+#     # # # # # # #
+#     # # # B # # #
+#     # A a . . G #
+#     # # # s # # #
+#     # # # S # # #
+#     # # # # # # #
+CROSS = [
+    [1] * 7,
+    [1, 1, 1, 0, 1, 1, 1],
+    [1, 0, 0, 0, 0, 0, 1],
+    *[[1, 1, 1, 0, 1, 1, 1]] * 2,
+    [1] * 7,
+]
+# cells to start from, cells to head for, steps
+TO_A = ([(4, 3)], [(2, 1), (2, 2)], 120)
+TO_G = ([(1, 3)], [(1, 3), (3, 3), (2, 5)], math.inf)
+ACTION_NOISE = 0.5  # standard deviation, as D4RL's
+SPEED = 3.0  # metres, or cells, a second
 VERSION = "v0"
+SOURCE = "collected by datasets/collect.py"
+MAZE_EPISODES = 100  # that a maze's reference returns are means over
 EVAL_SEED = 10_000  # evaluation episodes start from seeds that training never uses
 
 
@@ -242,9 +290,9 @@ def record(actor: Optional[Actor], env_id: str, steps: int, seed: int) -> list[E
     return episodes
 
 
-def random_returns(env_id: str, episodes: int) -> list[float]:
+def random_returns(env: gym.Env, episodes: int) -> list[float]:
     """Undiscounted returns of uniformly random actions."""
-    env, returns = gym.make(env_id), []
+    returns = []
     for i in range(episodes):
         env.reset(seed=EVAL_SEED + i)
         env.action_space.seed(EVAL_SEED + i)
@@ -254,6 +302,129 @@ def random_returns(env_id: str, episodes: int) -> list[float]:
             total, ended = total + reward, terminated or truncated
         returns.append(total)
     return returns
+
+
+def maze_env(name: str) -> gym.Env:
+    """The maze with its one start and goal, which observations do not show: x, y, velocities."""
+    env_id, limit, start, goal = MAZES[name]
+    with redirect_stderr(io.StringIO()):  # it prints a notice of its own
+        import gymnasium_robotics
+    gym.register_envs(gymnasium_robotics)
+    cells = np.array(CROSS if name == "stitch" else gym.spec(env_id).kwargs["maze_map"], object)
+    cells[start], cells[goal] = "r", "g"
+    env = gym.make(env_id, maze_map=cells.tolist(), continuing_task=False, max_episode_steps=limit)
+    return FlattenObservation(FilterObservation(env, ["observation"]))
+
+
+def free_cells(env: gym.Env) -> list[tuple]:
+    rows = enumerate(env.unwrapped.maze.maze_map)
+    return [(i, j) for i, row in rows for j, cell in enumerate(row) if cell != 1]
+
+
+def shortest(free: list, start: tuple, end: tuple) -> list[tuple]:
+    """The cells of a shortest way, both ends included: breadth first."""
+    before, queue = {start: None}, deque([start])
+    while end not in before:
+        i, j = cell = queue.popleft()
+        for near in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)):
+            if near in free and near not in before:
+                before[near] = cell
+                queue.append(near)
+    way = [end]
+    while way[-1] != start:
+        way.append(before[way[-1]])
+    return way[::-1]
+
+
+def waypoints(env: gym.Env, start: tuple, ends: Iterable[tuple]) -> Iterator[np.ndarray]:
+    """Centres [2] of the cells on the way from `start` to each of `ends` in turn."""
+    free = free_cells(env)
+    for end in ends:
+        yield from map(env.unwrapped.maze.cell_rowcol_to_xy, shortest(free, start, end))
+        start = end
+
+
+def walk(
+    env: gym.Env, start: tuple, ends: Iterable[tuple], seed: int, rng=None, steps=math.inf
+) -> EpisodeBuffer:
+    """One episode of the controller, at most `steps` long.
+
+    D4RL's PD controller, but with a bounded speed: D4RL's brakes before every waypoint, which no
+    observation shows, so that policies cloned from it come to rest between two cells. With `rng` it
+    aims anywhere near the cells' centres, so that the data fill the corridors, and its actions
+    are noisy.
+    """
+    (obs, _), way = env.reset(seed=seed, options={"reset_cell": start}), waypoints(env, start, ends)
+    observations, actions, rewards, target, ended = [obs], [], [], obs[:2], False
+    while not ended:
+        if np.linalg.norm(target - obs[:2]) < 0.3:
+            target = next(way) + (rng.uniform(-0.25, 0.25, 2) if rng else 0)
+        velocity = 10 * (target - obs[:2])
+        velocity *= SPEED / max(SPEED, np.linalg.norm(velocity))
+        action = velocity - obs[2:] + (rng.normal(scale=ACTION_NOISE, size=2) if rng else 0)
+        actions.append(np.clip(action, -1, 1).astype(np.float32))
+        obs, reward, terminated, truncated, _ = env.step(actions[-1])
+        observations.append(obs)
+        rewards.append(reward)
+        ended = terminated or truncated or len(rewards) >= steps
+    return as_episode(observations, actions, rewards, terminated)
+
+
+def walk_maze(name: str, env: gym.Env, steps: int, seed: int) -> list[EpisodeBuffer]:
+    """`steps` steps of the noisy controller; the last episode is cut."""
+    rng, bar = np.random.default_rng(seed), progress(f"recording {name}", steps)
+    goal, free = MAZES[name][3], free_cells(env)
+    anywhere = ([cell for cell in free if cell != goal], free, math.inf)
+    kinds = itertools.cycle([TO_A] * 8 + [TO_G] if name == "stitch" else [anywhere])
+    episodes, total = [], 0
+    while total < steps:
+        starts, ends, most = next(kinds)
+        start = starts[rng.integers(len(starts))]
+        heads_for = (ends[rng.integers(len(ends))] for _ in itertools.count())
+        most = min(most, steps - total)
+        episode = walk(env, start, heads_for, seed + len(episodes), rng, most)
+        if name == "stitch" and joins(episode, env, goal):
+            raise CollectError(f"episode {len(episodes)} joins start and goal: change --seed")
+        episodes.append(episode)
+        total += len(episode.rewards)
+        bar.update(len(episode.rewards))
+    return episodes
+
+
+def joins(episode: EpisodeBuffer, env: gym.Env, goal: tuple) -> bool:
+    """Whether it visits both the cell of the start and the goal."""
+    cell = env.unwrapped.maze.cell_xy_to_rowcol
+    cells = {tuple(cell(obs[:2]).tolist()) for obs in episode.observations}
+    return MAZES["stitch"][2] in cells and (goal in cells or bool(episode.terminations[-1]))
+
+
+def collect_maze(
+    name: str, env: gym.Env, steps: int, seed: int
+) -> tuple[list[EpisodeBuffer], dict]:
+    """The episodes, and what the metadata say of them."""
+    env_id, _, start, goal = MAZES[name]
+    episodes = walk_maze(name, env, steps, seed)
+    best = [
+        walk(env, start, itertools.repeat(goal), EVAL_SEED + i).rewards.sum()
+        for i in range(MAZE_EPISODES)
+    ]
+    about = {
+        "env_id": env_id,
+        "algorithm": "waypoint controller",
+        "start_cell": start,
+        "goal_cell": goal,
+        "action_noise": ACTION_NOISE,
+        "ref_min_score": float(np.mean(random_returns(env, MAZE_EPISODES))),
+        "ref_max_score": float(np.mean(best)),
+    }
+    about["description"] = (
+        f"pointmaze {name} in {env_id} with start {start} and goal {goal}, {SOURCE}: a waypoint "
+        f"controller with noise of {ACTION_NOISE} on its actions. Not D4RL's data: reaching the "
+        f"goal brings 1 and ends the episode. Of {MAZE_EPISODES} episodes from the start, random "
+        f"actions reach it in {about['ref_min_score']:.0%}, which scores 0, the controller without "
+        f"noise in {about['ref_max_score']:.0%}, which scores 100."
+    )
+    return episodes, about
 
 
 def choose(curve: list) -> tuple[int, int]:
@@ -293,7 +464,7 @@ def keep(robot: str, env_id: str, seed: int, curve: list, actors: dict) -> None:
         "expert_step": expert_step,
         "expert_return": dict(curve)[expert_step],
         "training_steps": curve[-1][0],
-        "ref_min_score": float(np.mean(random_returns(env_id, 100))),
+        "ref_min_score": float(np.mean(random_returns(gym.make(env_id), 100))),
         "ref_max_score": float(np.mean(evaluate(expert, env_id, 100))),
         "curve": [list(point) for point in curve],
     }
@@ -317,13 +488,30 @@ def collect(robot: str, tier: str, steps: int, seed: int, policies: dict) -> lis
     if tier == "random":
         return record(None, env_id, steps, seed)
     if tier == "medium-replay":
-        return train_sac(env_id, recipe["medium_step"], recipe["seed"])
+        return train_sac(env_id, steps, recipe["seed"])
     if tier == "medium-expert":
         halves = (collect(robot, name, steps // 2, seed, policies) for name in ("medium", "expert"))
         return [episode for half in halves for episode in half]
     actor = Actor(*sizes(env_id))
     actor.load_state_dict(policies[tier])
     return record(actor, env_id, steps, seed)
+
+
+def collect_tier(
+    robot: str, tier: str, steps: Optional[int], seed: int, policies: dict
+) -> tuple[list[EpisodeBuffer], dict]:
+    """The episodes, and what the metadata say of them."""
+    about = {name: value for name, value in policies["recipe"].items() if name != "curve"}
+    if tier == "medium-replay":
+        about["learner_steps"] = steps = steps or about["medium_step"]
+        if steps > about["training_steps"]:
+            most = f"the training had {about['training_steps']:,}"
+            raise CollectError(f"--steps {steps}: {most}, give at most that")
+    about["description"] = (
+        f"{robot} {tier} in {about['env_id']}, {SOURCE}. Not D4RL's data: a score of 100 "
+        "is the return of the best policy of this collection."
+    )
+    return collect(robot, tier, steps or 200_000, seed, policies), about
 
 
 def fingerprint(episodes: list[EpisodeBuffer]) -> str:
@@ -334,9 +522,12 @@ def fingerprint(episodes: list[EpisodeBuffer]) -> str:
     return digest.hexdigest()[:16]
 
 
-def write(episodes: list[EpisodeBuffer], dataset_id: str, target: Path, about: dict) -> None:
+def write(
+    episodes: list[EpisodeBuffer], dataset_id: str, target: Path, about: dict, env: gym.Env
+) -> None:
     """Write a Minari dataset to the folder `target`: built beside it, then moved."""
-    space = gym.make(about["env_id"]).observation_space
+    space = env.observation_space
+    robotics = ["gymnasium-robotics"] if "robotics" in env.spec.entry_point else []
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         os.environ["MINARI_DATASETS_PATH"] = temporary
         with warnings.catch_warnings():
@@ -344,7 +535,7 @@ def write(episodes: list[EpisodeBuffer], dataset_id: str, target: Path, about: d
             dataset = minari.create_dataset_from_buffers(
                 dataset_id,
                 episodes,
-                env=about["env_id"],
+                env=env,
                 observation_space=gym.spaces.Box(space.low, space.high, dtype=np.float32),
                 algorithm_name=about["algorithm"],
                 author="The Stitch authors",
@@ -352,7 +543,9 @@ def write(episodes: list[EpisodeBuffer], dataset_id: str, target: Path, about: d
                 ref_min_score=about["ref_min_score"],
                 ref_max_score=about["ref_max_score"],
                 description=about["description"],
-                requirements=[f"mujoco=={importlib.metadata.version('mujoco')}"],
+                requirements=[
+                    f"{p}=={importlib.metadata.version(p)}" for p in ["mujoco", *robotics]
+                ],
             )
         folder = Path(temporary, dataset_id)
         pack(folder / "data" / "main_data.hdf5")
@@ -380,26 +573,32 @@ def pack(path: Path) -> None:
     packed.replace(path)
 
 
-def record_tier(robot: str, tier: str, steps: int, seed: int, out: Optional[Path]) -> None:
+def read_policies(robot: str) -> dict:
+    file = POLICIES / f"{robot}.pt"
+    if not file.is_file():
+        raise CollectError(f"{file} is not there: run 'collect.py {robot} train' first")
+    return torch.load(file, weights_only=True)
+
+
+def record_tier(
+    robot: str, tier: str, steps: Optional[int], seed: int, out: Optional[Path]
+) -> None:
     """Collect one tier and write it as a Minari dataset, to `out` or into Minari's store."""
     dataset_id = f"stitch/{robot}/{tier}-{VERSION}"
     target = (out or minari.storage.get_dataset_path(dataset_id)).resolve()
-    file = POLICIES / f"{robot}.pt"
     if target.exists():
         raise CollectError(f"{target} exists: delete it, or give another --out")
-    if not file.is_file():
-        raise CollectError(f"{file} is not there: run 'collect.py {robot} train' first")
-    policies = torch.load(file, weights_only=True)
+    policies = None if robot == "pointmaze" else read_policies(robot)
     target.parent.mkdir(parents=True, exist_ok=True)
-    episodes = collect(robot, tier, steps, seed, policies)
-    about = {name: value for name, value in policies["recipe"].items() if name != "curve"}
+    if policies is None:
+        env, default = maze_env(tier), 100_000 if tier == "stitch" else 200_000
+        episodes, about = collect_maze(tier, env, steps or default, seed)
+    else:
+        env = gym.make(ENVIRONMENTS[robot])
+        episodes, about = collect_tier(robot, tier, steps, seed, policies)
     about |= {"tier": tier, "collection_seed": seed, "fingerprint": fingerprint(episodes)}
-    about["source"] = "collected by datasets/collect.py"
-    about["description"] = (
-        f"{robot} {tier} in {about['env_id']}, {about['source']}. Not D4RL's data: a score of 100 "
-        "is the return of the best policy of this collection."
-    )
-    write(episodes, dataset_id, target, about)
+    about["source"] = SOURCE
+    write(episodes, dataset_id, target, about, env)
     steps = sum(len(e.rewards) for e in episodes)
     print(f"{target}: {steps:,} steps, {len(episodes):,} episodes, content {about['fingerprint']}")
 
@@ -407,9 +606,9 @@ def record_tier(robot: str, tier: str, steps: int, seed: int, out: Optional[Path
 def main(argv=None) -> int:
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(description=__doc__, **style)
-    parser.add_argument("robot", choices=ENVIRONMENTS)
-    parser.add_argument("what", choices=("train", *TIERS))
-    parser.add_argument("--steps", type=int, help="to train or to record; 200,000")
+    parser.add_argument("robot", choices=(*ENVIRONMENTS, "pointmaze"))
+    parser.add_argument("what", choices=dict.fromkeys(("train", *TIERS, *MAZES)))
+    parser.add_argument("--steps", type=int, help="to train or record; 200,000, stitch 100,000")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder of the dataset; default: Minari's store")
     args = parser.parse_args(argv)
@@ -417,10 +616,13 @@ def main(argv=None) -> int:
     try:
         if args.steps is not None and args.steps < 1:
             raise CollectError(f"--steps {args.steps}: give at least 1")
+        known = MAZES if args.robot == "pointmaze" else ("train", *TIERS)
+        if args.what not in known:
+            raise CollectError(f"{args.robot} has no {args.what}: give one of {', '.join(known)}")
         if args.what == "train":
             train(args.robot, args.steps or 200_000, args.seed)
         else:
-            record_tier(args.robot, args.what, args.steps or 200_000, args.seed, args.out)
+            record_tier(args.robot, args.what, args.steps, args.seed, args.out)
     except (CollectError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

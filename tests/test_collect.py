@@ -1,7 +1,9 @@
-"""Collection: recording, packing, fingerprints, the tiers' rule, and the bundled sets."""
+"""Collection: recording, packing, fingerprints, the tiers' rule, mazes, and the bundled sets."""
 
 import importlib.util
+import itertools
 import json
+from collections import Counter
 
 import gymnasium as gym
 import h5py
@@ -110,7 +112,7 @@ def test_sac_losses_match_their_equations():
 def test_written_sets_are_packed_and_whole(tmp_path):
     episodes = toy_episodes()
     target = tmp_path / "set"
-    collect.write(episodes, "stitch/toy/set-v0", target, ABOUT)
+    collect.write(episodes, "stitch/toy/set-v0", target, ABOUT, gym.make("Pendulum-v1"))
     with h5py.File(target / "data" / "main_data.hdf5") as file:
         for array in (file["episode_0/observations"], file["episode_2/rewards"]):
             assert array.dtype == np.float32 and array.compression == "gzip"
@@ -125,7 +127,7 @@ def test_written_sets_are_packed_and_whole(tmp_path):
 
 def test_fingerprint_is_the_one_that_scripts_print(tmp_path):
     target, iql = tmp_path / "set", load_script("iql")
-    collect.write(toy_episodes(), "stitch/toy/set-v0", target, ABOUT)
+    collect.write(toy_episodes(), "stitch/toy/set-v0", target, ABOUT, gym.make("Pendulum-v1"))
     loaded = iql.load_dataset("set", target / "data")
     assert loaded.fingerprint == collect.fingerprint(toy_episodes())
 
@@ -140,8 +142,8 @@ def test_bundled_set_is_what_its_metadata_says(folder):
 
 def test_bundled_sets_stay_small():
     assert {path.name for path in BUNDLED} >= {"medium-v0", "medium-replay-v0"}
-    hopper = REPOSITORY / "datasets" / "hopper"
-    assert sum(path.stat().st_size for path in hopper.rglob("*") if path.is_file()) < 30e6
+    files = [path for folder in BUNDLED for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 60e6
 
 
 def test_errors_are_one_line_and_keep_what_is_there(tmp_path, capsys, monkeypatch):
@@ -156,6 +158,123 @@ def test_errors_are_one_line_and_keep_what_is_there(tmp_path, capsys, monkeypatc
     assert collect.main(["hopper", "medium", "--out", str(tmp_path / "new")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "train" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("robot, what", [("pointmaze", "train"), ("hopper", "umaze")])
+def test_robots_name_what_they_have(robot, what, capsys, tmp_path):
+    assert collect.main([robot, what, "--out", str(tmp_path / "new")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {robot} has no {what}: give one of ")
+    assert error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_replay_is_cut_where_asked(capsys, tmp_path, monkeypatch):
+    recipe = {"env_id": "Pendulum-v1", "seed": 1, "medium_step": 300, "training_steps": 400}
+    recipe |= {"algorithm": "SAC", "curve": [], "ref_min_score": -1.0, "ref_max_score": 1.0}
+    torch.save({"recipe": recipe}, tmp_path / "hopper.pt")
+    monkeypatch.setattr(collect, "POLICIES", tmp_path)
+    monkeypatch.setitem(collect.ENVIRONMENTS, "hopper", "Pendulum-v1")
+    for words, steps in (([], 300), (["--steps", "250"], 250)):
+        target = tmp_path / f"set-{steps}"
+        assert collect.main(["hopper", "medium-replay", *words, "--out", str(target)]) == 0
+        metadata = json.loads((target / "data" / "metadata.json").read_text())
+        assert metadata["total_steps"] == metadata["learner_steps"] == steps
+    capsys.readouterr()
+    target = str(tmp_path / "longer")
+    assert collect.main(["hopper", "medium-replay", "--steps", "401", "--out", target]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --steps 401") and "at most" in error and error.count("\n") == 1
+
+
+# ---- PointMaze
+
+
+@pytest.fixture(scope="module")
+def stitch(tmp_path_factory):
+    """A small stitch set, collected by the command."""
+    target = tmp_path_factory.mktemp("maze") / "stitch"
+    words = ["pointmaze", "stitch", "--steps", "3500", "--out", str(target)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect, "MAZE_EPISODES", 5)
+        assert collect.main(words) == 0
+    return target
+
+
+def maze_cells(env, observations) -> list[tuple]:
+    cell = env.unwrapped.maze.cell_xy_to_rowcol
+    return [tuple(cell(obs[:2]).tolist()) for obs in observations]
+
+
+def test_scripts_evaluate_in_the_stored_maze(stitch, iql):
+    loaded = iql.load_dataset("stitch", stitch / "data")
+    cfg = iql.TrainConfig()
+    environment = iql.find_environment(cfg, loaded.metadata, iql.fit_scaler(loaded, cfg))
+    env = environment.get(1)[0]
+    assert env.spec.max_episode_steps == 300
+    for seed in range(3):
+        obs, _ = env.reset(seed=seed)
+        assert obs.shape == (4,) and maze_cells(env, [obs]) == [(4, 3)]
+    low, high = environment.references
+    assert low < high == 1.0
+    episode = collect.walk(env, (4, 3), itertools.repeat((2, 5)), seed=0)
+    assert episode.rewards.sum() == 1 and episode.terminations[-1]
+
+
+def test_maze_data_follow_the_environment(stitch):
+    """The stored actions, played again, give the stored observations, rewards and endings."""
+    env, data = collect.maze_env("stitch"), minari.MinariDataset(stitch / "data")
+    metadata = json.loads((stitch / "data" / "metadata.json").read_text())
+    assert (data.total_steps, metadata["algorithm"]) == (3500, "waypoint controller")
+    assert data.observation_space == gym.spaces.Box(-np.inf, np.inf, (4,), np.float32)
+    for i, episode in enumerate(data):
+        start = maze_cells(env, episode.observations[:1])[0]
+        assert start in (collect.TO_G if i % 9 == 8 else collect.TO_A)[0]
+        obs, _ = env.reset(seed=i, options={"reset_cell": start})
+        observations, rewards = [obs], []
+        for action in episode.actions:
+            obs, reward, terminated, _, _ = env.step(action)
+            observations.append(obs)
+            rewards.append(reward)
+        np.testing.assert_array_equal(episode.observations, np.float32(observations))
+        np.testing.assert_array_equal(episode.rewards, rewards)
+        assert episode.terminations[-1] == terminated == episode.rewards.sum()
+
+
+def test_no_stitch_episode_joins_start_and_goal():
+    """In the bundled set eight of nine go from the start into A; only others reach the goal."""
+    env, (_, _, start, goal) = collect.maze_env("stitch"), collect.MAZES["stitch"]
+    episodes = list(minari.MinariDataset(REPOSITORY / "datasets/pointmaze/stitch-v0/data"))
+    into_a, crossing, to_goal, reached = {(2, 1), (2, 2)}, (2, 3), {(2, 4), (2, 5)}, Counter()
+    for i, episode in enumerate(episodes[:-1]):  # the last one is cut
+        visited = set(maze_cells(env, episode.observations))
+        assert not collect.joins(episode, env, goal)
+        if i % 9 == 8:
+            assert not visited & {start, *into_a}
+            reached["goal"] += episode.terminations[-1] and {crossing, *to_goal} <= visited
+        else:
+            assert start in visited and not visited & {(1, 3), *to_goal}
+            reached["A"] += {crossing, (2, 2)} <= visited
+    assert reached["goal"] > len(episodes) / 9 * 0.5
+    assert reached["A"] > len(episodes) * 8 / 9 * 0.9
+    there = collect.walk(env, start, itertools.repeat(goal), seed=0)
+    assert collect.joins(there, env, goal)
+
+
+@pytest.mark.parametrize("name", collect.MAZES)
+def test_controller_reaches_the_goal_of_every_maze(name):
+    env, (_, _, start, goal) = collect.maze_env(name), collect.MAZES[name]
+    for seed in range(3):
+        assert collect.walk(env, start, itertools.repeat(goal), seed).terminations[-1]
+
+
+def test_maze_walks_start_anywhere_and_repeat_themselves():
+    env = collect.maze_env("umaze")
+    first, second, other = (collect.walk_maze("umaze", env, 3000, seed) for seed in (5, 5, 6))
+    assert collect.fingerprint(first) == collect.fingerprint(second) != collect.fingerprint(other)
+    assert sum(len(e.rewards) for e in first) == 3000
+    starts = set(maze_cells(env, [e.observations[0] for e in first]))
+    assert len(starts) > 3 and (3, 1) not in starts  # nobody starts at the goal
+    assert {bool(e.terminations[-1]) for e in first} == {False, True}
 
 
 def test_training_anew_keeps_the_policies_that_are_there(tmp_path, capsys, monkeypatch):
