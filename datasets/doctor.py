@@ -1,0 +1,775 @@
+"""Examine an offline dataset before training on it: one page of text, one picture, its faults.
+
+    python datasets/doctor.py D4RL/hopper/medium-v2 datasets/hopper/medium-v0
+    python datasets/doctor.py my/own/set-v0 --out pictures
+
+An ID is a dataset in Minari's store (MINARI_DATASETS_PATH) or a folder that holds one. The picture
+is <name>-doctor.png. A fault found is told with where it first shows, what it does to training and
+its mend. Exit code: 0 nothing wrong, 1 something wrong, 2 a dataset that cannot be examined.
+
+Looked for are the faults that D4RL's issues report (numbers in the checks below), and what makes
+training fail or a score mean nothing. `CHECKS` at the end of the checks is the list.
+
+Conventions: an episode of T steps has T + 1 observations, and T actions, rewards and flags. Step t
+leads from observation t to observation t + 1; steps and episodes count from 0. Dict observations
+are joined in the sorted order of their keys, as the training scripts do.
+"""
+
+import argparse
+import io
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import gymnasium as gym
+import matplotlib
+import minari
+import numpy as np
+from gymnasium.envs.registration import EnvSpec
+from minari.dataset.minari_storage import MinariStorage
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# A change is a jump from 10 times the 99th percentile of its dimension's changes on, if it crosses
+# a fifth of the dimension's range as well. Real Hopper and door data stay below 5 times; D4RL's
+# resets and teleports lie mostly above, and the range keeps sudden contacts out.
+JUMP, JUMP_RANGE = 10, 0.2
+RESET = 3  # enough of a change where the observation is also exactly the next episode's first
+ENOUGH = 100  # steps that a distribution of changes needs
+GOAL_RADIUS = 0.45  # metres, of gymnasium-robotics' mazes
+# Mean scores of D4RL's locomotion sets, v2, with wide margins: random 0 to 3, medium 41 to 62,
+# medium-replay 15 to 27, full-replay 40 to 60, medium-expert 64 to 83, expert 88 to 108.
+TIERS = {
+    "medium-replay": (-10, 60),
+    "medium-expert": (40, 120),
+    "full-replay": (10, 100),
+    "random": (-20, 20),
+    "simple": (-10, 75),
+    "medium": (20, 75),
+    "expert": (80, 150),
+}
+LOCOMOTION = re.compile("hopper|halfcheetah|walker2d", re.IGNORECASE)
+ROWS = {"observation": 14, "action": 6}  # of the table of ranges, before it is summarised
+
+
+class DoctorError(Exception):
+    """What is wrong and how to mend it, in one line."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A fault in plain words."""
+
+    title: str
+    detail: str  # how many, and where first
+    effect: str  # on training or on scores
+    mend: str
+
+
+@dataclass
+class Data:
+    """N steps of E whole episodes, float32; what else the file holds is in `broken`."""
+
+    name: str
+    metadata: dict  # Minari's
+    obs: np.ndarray  # [N + E, obs_dim]
+    actions: np.ndarray  # [N, act_dim]
+    rewards: np.ndarray  # [N]
+    terminated: np.ndarray  # [N], bool
+    truncated: np.ndarray  # [N], bool
+    starts: np.ndarray  # [E + 1], the first step of every episode, then N
+    numbers: np.ndarray  # [E], their numbers in the file
+    broken: list  # (episode number, kind of problem, detail) of the episodes left out
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.starts)
+
+    @cached_property
+    def last(self) -> np.ndarray:
+        """[E], every episode's last step."""
+        return self.starts[1:] - 1
+
+    @cached_property
+    def episode_of(self) -> np.ndarray:
+        return np.repeat(np.arange(len(self.lengths)), self.lengths)
+
+    @cached_property
+    def before(self) -> np.ndarray:
+        """[N], the row of `obs` that a step starts from; it leads to the next row."""
+        return np.arange(len(self.rewards)) + self.episode_of
+
+    @cached_property
+    def returns(self) -> np.ndarray:
+        return np.add.reduceat(self.rewards.astype(np.float64), self.starts[:-1])
+
+    @cached_property
+    def scores(self) -> np.ndarray | None:
+        """[E], 100 (return - ref_min) / (ref_max - ref_min); None without usable references."""
+        low, high = (self.metadata.get(f"ref_{end}_score") for end in ("min", "max"))
+        if low is None or high is None or not np.isfinite([low, high]).all() or low >= high:
+            return None
+        return 100 * (self.returns - low) / (high - low)
+
+    @cached_property
+    def changes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of every step: its largest change in units of its dimension's 99th percentile, that
+        dimension, and whether it is a jump [N]. Dimensions that hardly ever change do not count."""
+        sizes, worst = np.zeros(len(self.rewards)), np.zeros(len(self.rewards), int)
+        jumps, inner = np.zeros(len(self.rewards), bool), np.ones(len(self.rewards), bool)
+        inner[self.last] = False
+        for column in range(self.obs.shape[1] if inner.sum() >= ENOUGH else 0):
+            values = self.obs[:, column]
+            change = np.abs(np.diff(values))[self.before]
+            typical = np.quantile(change[inner], 0.99)
+            if typical > 0:
+                low, high = np.quantile(values, [0.001, 0.999])
+                ratio = change / typical
+                jumps |= (ratio > JUMP) & (change > JUMP_RANGE * (high - low))
+                worst[ratio > sizes] = column
+                sizes = np.maximum(sizes, ratio)
+        return sizes, worst, jumps
+
+    @cached_property
+    def hashes(self) -> np.ndarray:
+        """[N], a number for every (observation, action, reward, next observation)."""
+        rows = hash_rows(self.obs)
+        columns = [rows[self.before], rows[self.before + 1], hash_rows(self.actions)]
+        return hash_rows(np.stack([*columns, hash_rows(self.rewards[:, None])], 1))
+
+    @cached_property
+    def spec(self) -> EnvSpec | str | None:
+        """The environment's specification, or why it cannot be read, or None."""
+        text = self.metadata.get("env_spec")
+        try:  # gymnasium 1.0 dropped these three
+            old = '"order_enforce": true,|"apply_api_compatibility": false,|"autoreset": false, '
+            return EnvSpec.from_json(re.sub(old, "", text)) if text else None
+        except Exception as error:
+            return one_line(error)
+
+    def where(self, steps: np.ndarray) -> str:
+        """Of step indices: how many, in how many episodes, and the first."""
+        episodes = np.unique(self.episode_of[steps])
+        step = steps[0] - self.starts[episodes[0]]
+        text = f"{count(len(steps), 'step')} in {count(len(episodes), 'episode')}"
+        return f"{text}, first in episode {self.numbers[episodes[0]]} at step {step}"
+
+
+def hash_rows(rows: np.ndarray) -> np.ndarray:
+    """[N, size] numbers of 4 or 8 bytes -> [N], 64 bits each; equal rows have equal ones."""
+    words = np.ascontiguousarray(rows).view(f"u{rows.itemsize}")
+    result = np.zeros(len(rows), np.uint64)
+    for column in words.T:
+        result = (result ^ column) * np.uint64(0x9E3779B97F4A7C15)
+        result ^= result >> np.uint64(32)
+    return result
+
+
+def count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__} {' '.join(str(error).split())}".strip()[:200]
+
+
+# ---- reading
+
+
+def find_dataset(dataset_id: str) -> Path:
+    """The folder with metadata.json: a folder by name, or Minari's store. Raises DoctorError."""
+    inside = not (Path(dataset_id).is_absolute() or ".." in Path(dataset_id).parts)
+    store = minari.storage.get_dataset_path()
+    bases = [Path(dataset_id), REPOSITORY / dataset_id, *([store / dataset_id] if inside else [])]
+    for folder in (base / sub for base in bases for sub in (".", "data")):
+        if (folder / "metadata.json").is_file():
+            return folder
+    if any(base.exists() for base in bases):
+        raise DoctorError(f"{dataset_id} holds no metadata.json: name the folder of a Minari set")
+    mend = f"check its name and Minari's store {store}"
+    if dataset_id.startswith("D4RL/"):
+        mend = f"python datasets/d4rl.py {dataset_id[5:].replace('/', '-')}"
+    raise DoctorError(f"{dataset_id} is not here: {mend}")
+
+
+def flatten(values) -> np.ndarray:
+    """An array, or a (nested) dict of arrays joined in the sorted order of its keys, as float32."""
+    if isinstance(values, dict):
+        return np.concatenate([flatten(values[key]) for key in sorted(values)], -1)
+    values = np.asarray(values, np.float32)
+    return values[:, None] if values.ndim == 1 else values
+
+
+def size(space: gym.Space) -> int:
+    """Columns that `flatten` makes of a space; a Discrete one is a single column."""
+    return 1 if isinstance(space, gym.spaces.Discrete) else gym.spaces.flatdim(space)
+
+
+def read_episode(episode: dict) -> dict:
+    """Minari's episode as arrays: obs [T + 1, obs_dim], actions [T, act_dim], the rest [T]."""
+    arrays = {"obs": flatten(episode["observations"]), "actions": flatten(episode["actions"])}
+    arrays["rewards"] = np.asarray(episode["rewards"], np.float32)
+    for key in ("terminations", "truncations"):
+        arrays[key] = np.asarray(episode[key], bool)
+    return arrays
+
+
+def problem(arrays: dict, sizes: dict) -> tuple[str, str] | None:
+    """What keeps an episode from being examined: (kind, detail). `sizes`: of obs and actions."""
+    steps = len(arrays["rewards"])
+    if steps == 0:
+        return "empty episodes", "no step"
+    for name, values in arrays.items():
+        rows = steps + (name == "obs")
+        expected = (rows, sizes[name]) if name in sizes else (rows,)
+        if values.shape != expected:
+            detail = f"{name} of shape {values.shape} where {expected} belongs to its rewards"
+            return "inconsistent lengths", detail
+        if not np.isfinite(values).all():
+            return "NaN or infinite values", f"in its {name}"
+    return None
+
+
+def load(dataset_id: str) -> Data:
+    """Read a whole dataset. Raises DoctorError where there is nothing to examine."""
+    folder, episodes, broken = find_dataset(dataset_id), {}, []
+    spoken = time.monotonic()
+    try:
+        storage = MinariStorage.read(folder)
+        metadata, total = storage.metadata, storage.total_episodes
+        sizes = {"obs": size(storage.observation_space), "actions": size(storage.action_space)}
+        for key in {"ref_min_score", "ref_max_score"} & metadata.keys():
+            metadata[key] = None if metadata[key] is None else float(metadata[key])
+        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and found
+            for number, episode in enumerate(storage.get_episodes(range(total))):
+                arrays = read_episode(episode)
+                if wrong := problem(arrays, sizes):
+                    broken.append((number, *wrong))
+                else:
+                    episodes[number] = arrays
+                if time.monotonic() - spoken > 10:
+                    spoken = time.monotonic()
+                    print(
+                        f"reading {dataset_id}: {number:,} of {total:,} episodes", file=sys.stderr
+                    )
+    except Exception as error:  # h5py, Minari and gymnasium each have errors of their own
+        reason = f"in {folder} cannot be read ({one_line(error)})"
+        raise DoctorError(f"{dataset_id} {reason}: collect or convert it again") from None
+    if not episodes:
+        reason = f"episode {broken[0][0]}: {broken[0][2]}" if broken else "it is empty"
+        raise DoctorError(f"{dataset_id} has no whole episode ({reason}): convert it again")
+    starts = np.cumsum([0, *(len(episode["rewards"]) for episode in episodes.values())])
+    names = ("obs", "actions", "rewards", "terminations", "truncations")
+    joined = [np.concatenate([episode[name] for episode in episodes.values()]) for name in names]
+    name = str(metadata.get("dataset_id", dataset_id))
+    return Data(name, metadata, *joined, starts, np.array(list(episodes)), broken)
+
+
+# ---- the checks: each yields its findings
+
+
+def check_broken(data: Data) -> Iterator[Finding]:
+    """Episodes that had to be left out, and totals that contradict the file."""
+    for kind in sorted({kind for _, kind, _ in data.broken}):
+        found = [(number, detail) for number, its, detail in data.broken if its == kind]
+        yield Finding(
+            kind,
+            f"{count(len(found), 'episode')}, first episode {found[0][0]}: {found[0][1]}; left out "
+            "of everything else here",
+            "training stops at them, or its losses become NaN",
+            "drop these episodes, or collect or convert the set again",
+        )
+    steps, total = data.metadata.get("total_steps"), len(data.rewards)
+    if not data.broken and steps is not None and steps != total:
+        yield Finding(
+            "inconsistent lengths",
+            f"the metadata count {steps:,} steps, the file holds {total:,}",
+            "the set is not the one that was described: something was added or is missing",
+            "collect or convert it again",
+        )
+
+
+def check_jumps(data: Data) -> Iterator[Finding]:
+    """Teleports inside episodes (antmaze-*-diverse-v0, D4RL#77), two recordings joined."""
+    sizes, worst, jumps = data.changes
+    jumps = jumps.copy()
+    jumps[data.last] = False  # a timeout's are another fault; a terminal's are never bootstrapped
+    if jumps.any():
+        steps = np.flatnonzero(jumps)
+        yield Finding(
+            "jumps inside episodes",
+            f"{data.where(steps)}: dimension {worst[steps[0]]} changes by {sizes[steps[0]]:,.0f} "
+            "times what 99 percent of its steps change",
+            "values are bootstrapped from states that the action does not lead to",
+            "end an episode at every jump and drop the step that jumps",
+        )
+
+
+def check_timeouts(data: Data) -> Iterator[Finding]:
+    """A truncated episode's last observation that is the next episode's first, or unknown."""
+    (sizes, _, jumps), ends = data.changes, ~data.terminated[data.last]
+    final = data.obs[data.before[data.last] + 1]
+    following = np.append((final[:-1] == data.obs[data.before[data.starts[1:-1]]]).all(1), False)
+    jumps = ends & (jumps[data.last] | (following & (sizes[data.last] > RESET)))
+    if jumps.any():
+        yield Finding(
+            "jumps at timeouts",
+            f"{data.where(data.last[jumps])}: a truncated episode's last step jumps, in "
+            f"{(jumps & following).sum():,} cases to the next episode's first observation",
+            "a timeout is bootstrapped, here from the state after a reset: values leak between "
+            "episodes",
+            "drop these last steps, or convert from a source that has next_observations",
+        )
+    still = (final == data.obs[data.before[data.last]]).all(1)
+    # a robot at rest repeats itself anywhere, so the share elsewhere is what to compare with
+    same = (data.obs[1:] == data.obs[:-1]).all(1)[data.before]
+    elsewhere = (same.sum() - still.sum()) / max(1, len(same) - len(still))
+    if (still & ends).sum() > 10 * elsewhere * ends.sum():
+        yield Finding(
+            "last observation repeated",
+            f"{data.where(data.last[still & ends])}: a truncated episode's last observation "
+            "repeats the one before, so its true next observation is unknown",
+            "a timeout is bootstrapped, here from a state that leads back to itself",
+            "drop these last steps",
+        )
+
+
+def check_flags(data: Data) -> Iterator[Finding]:
+    """Terminations and truncations (takuseno/d3rlpy#463)."""
+    inner = np.ones(len(data.rewards), bool)
+    inner[data.last] = False
+    flagged = data.terminated | data.truncated
+    if (both := data.terminated & data.truncated).any():
+        yield Finding(
+            "terminal and timeout at once",
+            data.where(np.flatnonzero(both)),
+            "loaders disagree: one bootstraps these steps, the other does not",
+            "keep the termination, clear the truncation",
+        )
+    if (middle := flagged & inner).any():
+        yield Finding(
+            "flags in the middle of an episode",
+            data.where(np.flatnonzero(middle)),
+            "an episode goes on after its end: a step joins two episodes, returns are sums of two",
+            "end an episode at every flag",
+        )
+    if (open_end := ~flagged[data.last]).any():
+        yield Finding(
+            "episodes that end with neither flag",
+            data.where(data.last[open_end]),
+            "loaders that cut at flags join them with the next episode",
+            "set the truncation of their last step",
+        )
+
+
+def maze_goal(data: Data) -> tuple[np.ndarray, float] | None:
+    """Where a maze has its one goal, x and y [2], and the size of a cell, in metres."""
+    cells = np.array(data.spec.kwargs.get("maze_map", []), dtype=object)
+    goals = np.argwhere(cells == "g")
+    if cells.ndim != 2 or len(goals) != 1:
+        return None
+    scale = 4.0 if "ant" in data.spec.id.lower() else 1.0
+    (row, column), (rows, columns) = goals[0], cells.shape
+    return scale * np.array([column + 0.5 - columns / 2, rows / 2 - row - 0.5]), scale
+
+
+def fit_circle(points: np.ndarray) -> tuple[np.ndarray, float]:
+    """Centre [2] and radius of the circle nearest to points [M, 2], by linear least squares."""
+    shift = points.mean(0)
+    local = (points - shift).astype(np.float64)
+    design = np.column_stack([2 * local, np.ones(len(local))])
+    x, y, rest = np.linalg.lstsq(design, (local**2).sum(1), rcond=None)[0]
+    return shift + np.array([x, y]), float(np.sqrt(max(0, rest + x * x + y * y)))
+
+
+def check_reward_shift(data: Data) -> Iterator[Finding]:
+    """Rewards of a maze that belong to the position one step earlier (maze2d, D4RL#194).
+
+    Where a reward switches, the agent crosses the goal's edge: between its positions after the two
+    steps, or before them if rewards are late. A circle through the crossings shows which; a goal
+    that is observed is compared directly.
+    """
+    space, maze = data.metadata["observation_space"], isinstance(data.spec, EnvSpec)
+    if not maze or "maze" not in data.spec.id.lower() or set(np.unique(data.rewards)) != {0, 1}:
+        return
+    observed = isinstance(space, gym.spaces.Dict) and "desired_goal" in space.keys()
+    goal = None if observed else maze_goal(data)
+    if not observed and goal is None:
+        return
+    steps = np.flatnonzero(np.diff(data.rewards) != 0) + 1
+    steps = steps[data.episode_of[steps] == data.episode_of[steps - 1]]
+    rows = data.before[steps][:, None] + [-1, 0, 1]  # before the first, between, after the second
+    places = data.obs[rows, :2]
+    if observed:  # sorted keys: achieved goal, then desired goal
+        goals = data.obs[rows, 2:4]
+        kept = (goals == goals[:, :1]).all((1, 2))  # the others switched because the goal moved
+        steps, places = steps[kept], (places - goals)[kept]
+    if len(steps) < 20:
+        return
+    errors, labels = [], data.rewards[steps[:, None] - [1, 0]] == 1
+    for pair in (places[:, :2], places[:, 1:]):
+        centre, radius = (0, GOAL_RADIUS) if observed else fit_circle(pair.mean(1))
+        if not observed and np.abs(centre - goal[0]).max() > goal[1]:
+            return  # these rewards belong to something else
+        errors.append(((np.linalg.norm(pair - centre, axis=-1) <= radius) != labels).mean())
+    early, late = errors
+    if late > 0.1 and early < late / 3:
+        yield Finding(
+            "rewards one step late",
+            f"at {len(steps):,} switches of the reward, distance to the goal "
+            f"before the step misses {early:.1%} of the rewards, after it {late:.1%}; first in "
+            f"episode {data.numbers[data.episode_of[steps[0]]]}",
+            "the reward is credited to the action after the one that reached the goal",
+            "move every reward one step back inside its episode and drop the last step",
+        )
+
+
+def check_observations(data: Data) -> Iterator[Finding]:
+    """Dimensions that never change, rows of zeros (maze2d, D4RL#65)."""
+    constant = np.flatnonzero(data.obs.min(0) == data.obs.max(0))
+    if len(constant):
+        yield Finding(
+            "constant observations",
+            f"{count(len(constant), 'dimension')}, first dimension {constant[0]}, always "
+            f"{data.obs[0, constant[0]]:.6g} (from episode {data.numbers[0]} on)",
+            "they say nothing; normalised by their deviation of 0, a small change while acting "
+            "becomes a huge input",
+            "leave them out, or make sure that the environment keeps them as constant",
+        )
+    zero = ~data.obs.any(1)
+    if data.obs.shape[1] > 1 and zero.any():
+        episode = int(np.searchsorted(data.before[data.starts[:-1]], zero.argmax(), "right")) - 1
+        yield Finding(
+            "all-zero observations",
+            f"{count(int(zero.sum()), 'observation')}, first in episode {data.numbers[episode]}",
+            "a state that was never recorded: values there are noise that bootstrapping spreads",
+            "drop the steps that start or end there",
+        )
+
+
+def check_actions(data: Data) -> Iterator[Finding]:
+    """Actions outside of their space, actions that never change."""
+    space = data.metadata["action_space"]
+    if isinstance(space, gym.spaces.Box):
+        low, high = space.low.ravel(), space.high.ravel()
+        excess = np.maximum(low - data.actions, data.actions - high).max(1)
+        outside = np.flatnonzero(excess > 1e-5)
+        if len(outside):
+            yield Finding(
+                "actions outside of the action space",
+                f"{data.where(outside)}, by up to {excess.max():.3g}",
+                "a policy that is bounded cannot imitate them, and tanh likelihoods become NaN",
+                "clip them, if the environment clipped them too",
+            )
+    constant = np.flatnonzero(data.actions.min(0) == data.actions.max(0))
+    if len(constant):
+        yield Finding(
+            "constant actions",
+            f"{count(len(constant), 'dimension')}, first dimension {constant[0]}, always "
+            f"{data.actions[0, constant[0]]:.6g} (from episode {data.numbers[0]} on)",
+            "nothing shows what any other action does there",
+            "make sure that the actions were recorded; collect again",
+        )
+
+
+def tier_of(data: Data) -> str | None:
+    """The tier that a locomotion set's name claims."""
+    word = data.name.rpartition("-v")[0].rpartition("/")[2]
+    found = (tier for tier in TIERS if re.search(rf"\b{tier}\b", word))
+    return next(found, None) if LOCOMOTION.search(data.name) else None
+
+
+def check_tier(data: Data) -> Iterator[Finding]:
+    """A name that does not fit the returns (hopper-medium-v1 and -expert-v1 swapped, D4RL#76)."""
+    tier = tier_of(data)
+    if tier and data.scores is not None:
+        (low, high), mean = TIERS[tier], data.scores.mean()
+        if not low <= mean <= high:
+            yield Finding(
+                "the name does not fit the returns",
+                f"the mean score is {mean:.1f}, but that of a set called {tier} is between {low} "
+                f"and {high} (from episode {data.numbers[0]} on)",
+                "results are compared with those on other data",
+                "look for a swapped file or wrong references before you report any score",
+            )
+
+
+def check_references(data: Data) -> Iterator[Finding]:
+    """Reference returns that are missing, in the wrong order or unlike the data (Minari#323)."""
+    low, high = (data.metadata.get(f"ref_{end}_score") for end in ("min", "max"))
+    mend = "set ref_min_score and ref_max_score: returns of a random and of an expert policy"
+    if low is None or high is None:
+        detail = "the metadata lack ref_min_score or ref_max_score"
+        yield Finding("no reference returns", detail, "there are no scores, only returns", mend)
+    elif data.scores is None:
+        detail = f"ref_min_score is {low}, ref_max_score {high}"
+        effect = "scores are upside down, infinite or NaN"
+        yield Finding("references in the wrong order", detail, effect, mend)
+    elif data.scores.mean() < -50 or data.scores.max() > 250:
+        best = data.scores.argmax()
+        yield Finding(
+            "references do not fit the returns",
+            f"the mean score is {data.scores.mean():.1f}, the best {data.scores[best]:.1f} in "
+            f"episode {data.numbers[best]}",
+            "the references belong to another environment or time limit: scores compare to nothing",
+            mend,
+        )
+
+
+def check_environment(data: Data) -> Iterator[Finding]:
+    """An environment to evaluate in that is missing, does not build or has other sizes."""
+    title, effect = "no environment to evaluate in", "policies can be trained but not evaluated"
+    mend = "give the set an env_spec, or the training script an env_id"
+    if not isinstance(data.spec, EnvSpec):
+        reason = f"has an env_spec that cannot be read ({data.spec})" if data.spec else "is missing"
+        yield Finding(title, f"the metadata's env_spec {reason}", effect, mend)
+        return
+    try:
+        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old versions of environments ask to be replaced
+            env = gym.make(data.spec)
+    except Exception as error:  # environments fail in ways of their own
+        detail = f"{data.spec.id} does not build ({one_line(error)})"
+        yield Finding(title, detail, effect, f"install what it needs, or {mend}")
+        return
+    spaces, ours = (env.observation_space, env.action_space), (data.obs, data.actions)
+    for kind, space, values in zip(("observations", "actions"), spaces, ours, strict=True):
+        if size(space) != values.shape[1]:
+            detail = f"{data.spec.id} has {kind} of size {size(space)}, the data {values.shape[1]}"
+            yield Finding("the environment is another one", detail, effect, mend)
+    env.close()
+
+
+def check_rewards(data: Data) -> Iterator[Finding]:
+    """Rewards that are all zero (OfflineRL-Kit#14), terminal rewards unlike the rest (D4RL#199)."""
+    if not data.rewards.any():
+        yield Finding(
+            "all rewards are zero",
+            f"{count(len(data.rewards), 'step')}, from episode {data.numbers[0]} on",
+            "there is nothing to learn but to imitate",
+            "look at what the loader or converter did to the rewards; convert again",
+        )
+    ends = np.flatnonzero(data.terminated)
+    values, counts = np.unique(data.rewards[ends], return_counts=True)
+    # where rewards are dense, every terminal has its own
+    if len(np.unique(data.rewards)) <= 5 and len(values) > 1 and counts.max() >= 0.95 * len(ends):
+        unlike = ends[data.rewards[ends] != values[counts.argmax()]]
+        yield Finding(
+            "terminal rewards unlike the rest",
+            f"{data.where(unlike)} terminate with {data.rewards[unlike[0]]:.6g}, the other "
+            f"{counts.max():,} with {values[counts.argmax()]:.6g}",
+            "a success counts as a failure or the reverse, in data with few successes",
+            "set the reward that belongs there, or drop these episodes",
+        )
+
+
+def check_duplicates(data: Data) -> Iterator[Finding]:
+    """Whole episodes that occur more than once."""
+    if len(repeated := duplicated_episodes(data)):
+        yield Finding(
+            "duplicated episodes",
+            f"{count(len(repeated), 'episode')} occurred before, first episode "
+            f"{data.numbers[repeated[0]]}",
+            "they weigh more than the rest, and a split of the set is no longer one",
+            "keep one of each, unless the weight is meant",
+        )
+
+
+def duplicated_episodes(data: Data) -> list[int]:
+    seen, repeated = set(), []
+    for episode, (start, stop) in enumerate(zip(data.starts[:-1], data.starts[1:], strict=True)):
+        content = data.hashes[start:stop].tobytes()
+        repeated += [episode] if content in seen else []
+        seen.add(content)
+    return repeated
+
+
+CHECKS = [check_broken, check_jumps, check_timeouts, check_flags, check_reward_shift]
+CHECKS += [check_observations, check_actions, check_tier, check_references, check_environment]
+CHECKS += [check_rewards, check_duplicates]
+
+
+# ---- the page
+
+
+def span(values: np.ndarray) -> str:
+    return f"{values.min():,.6g} / {np.median(values):,.6g} / {values.max():,.6g}"
+
+
+def notes(data: Data) -> Iterator[str]:
+    """What is worth knowing but is no fault."""
+    if differs := data.metadata.get("environment_differs"):
+        yield f"environment differs: {differs}"
+    space = data.metadata["action_space"]
+    if isinstance(space, gym.spaces.Box):
+        low, high = space.low.ravel(), space.high.ravel()
+        share = ((data.actions <= low + 1e-6) | (data.actions >= high - 1e-6)).mean()
+        yield f"{share:.1%} of the action components are at a bound of their space"
+    if len(data.returns) > 1 and np.ptp(data.returns) == 0 and np.ptp(data.rewards) > 0:
+        yield "all episodes have the same return: training that weighs by return learns nothing"
+
+
+def table(data: Data) -> Iterator[str]:
+    """The ranges of observations and actions, a line a dimension, long ones summarised."""
+    yield f"{'':16}{'min':>12}{'mean':>12}{'max':>12}{'deviation':>12}"
+    for kind, values in (("observation", data.obs), ("action", data.actions)):
+        total, mean = values.shape[1], values.mean(0, dtype=np.float64)
+        columns = (values.min(0), mean, values.max(0), values.std(0, dtype=np.float64))
+        shown = total if total <= ROWS[kind] else ROWS[kind] - 1
+        for i in range(shown):
+            yield f"{f'{kind} {i}':16}" + "".join(f"{column[i]:12.4g}" for column in columns)
+        if shown < total:
+            low, high = columns[0][shown:].min(), columns[2][shown:].max()
+            yield f"{kind}s {shown} to {total - 1}: between {low:.4g} and {high:.4g}"
+
+
+def page(data: Data) -> str:
+    """The text on what the set is and holds."""
+    meta, scores = data.metadata, data.scores
+    environment = data.spec.id if isinstance(data.spec, EnvSpec) else "none that can be read"
+    references = f"{meta.get('ref_min_score')} to {meta.get('ref_max_score')}"
+    ends = f"{data.terminated.sum():,} terminated, {data.truncated.sum():,} truncated"
+    copies = len(data.rewards) - len(np.unique(data.hashes))
+    again = f"{count(copies, 'step')}, {count(len(duplicated_episodes(data)), 'whole episode')}"
+    zeros = f"{(data.rewards == 0).mean():.1%} zeros"
+    lines = {
+        "source": meta.get("source") or meta.get("code_permalink") or "not told",
+        "environment": environment,
+        "references": references,
+        "episodes": f"{len(data.lengths):,}, {ends}",
+        "steps": f"{len(data.rewards):,}",
+        "lengths": f"{span(data.lengths)} (min / median / max)",
+        "returns": f"{span(data.returns)}, mean {data.returns.mean():,.6g}",
+        "scores": "none" if scores is None else f"{span(scores)}, mean {scores.mean():,.6g}",
+        "rewards": f"{data.rewards.min():.6g} to {data.rewards.max():.6g}, {zeros}",
+        "seen before": again,
+    }
+    text = [data.name, "=" * len(data.name)]
+    text += [f"{key:<12} {value}" for key, value in lines.items()]
+    text += ["", *table(data), "", *(f"note: {note}" for note in notes(data))]
+    return "\n".join(text)
+
+
+def describe(findings: list[Finding]) -> str:
+    """The list of findings."""
+    if not findings:
+        return "nothing wrong found"
+    text = f"{count(len(findings), 'finding')}\n"
+    for number, finding in enumerate(findings, 1):
+        text += f"{number}. {finding.title}: {finding.detail}\n"
+        text += f"   effect: {finding.effect}\n   mend:   {finding.mend}\n"
+    return text.rstrip()
+
+
+# ---- the picture
+
+
+def draw(data: Data, findings: list[Finding], path: Path) -> None:
+    """Save the picture: what is in the set, 2 x 3 panels."""
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8.5), layout="constrained")
+    faults = count(len(findings), "finding") if findings else "nothing wrong found"
+    episodes, steps = count(len(data.lengths), "episode"), count(len(data.rewards), "step")
+    figure.suptitle(f"{data.name}: {episodes}, {steps}; {faults}", fontsize=15)
+    (returns, lengths, rewards), (obs, actions, changes) = axes
+    returns.hist(data.returns, bins=50, color="tab:blue")
+    returns.axvline(data.returns.mean(), color="black", label=f"mean {data.returns.mean():,.4g}")
+    returns.set(title="returns", xlabel="undiscounted return", ylabel="episodes")
+    returns.legend()
+    lengths.hist(data.lengths, bins=50, color="tab:blue")
+    lengths.set(title="lengths", xlabel="steps", ylabel="episodes")
+    draw_rewards(rewards, data)
+    draw_ranges(obs, data.obs, "observations")
+    draw_ranges(actions, data.actions, "actions")
+    draw_changes(changes, data)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def draw_rewards(axes, data: Data) -> None:
+    """Mean and range of the rewards along the data, in at most 200 pieces."""
+    pieces = np.unique(np.linspace(0, len(data.rewards), 200, endpoint=False).astype(int))
+    low, high = (f.reduceat(data.rewards, pieces) for f in (np.minimum, np.maximum))
+    sums = np.add.reduceat(data.rewards.astype(np.float64), pieces)
+    mean, x = sums / np.diff(pieces, append=len(data.rewards)), pieces / 1000
+    axes.fill_between(x, low, high, color="tab:blue", alpha=0.25, label="min to max")
+    axes.plot(x, mean, color="tab:blue", label="mean")
+    axes.set(title="rewards along the data", xlabel="thousand steps", ylabel="reward")
+    axes.legend()
+
+
+def draw_ranges(axes, values: np.ndarray, title: str) -> None:
+    """A bar from the 1st to the 99th percentile of every dimension, a line from min to max."""
+    x, (low, median, high) = np.arange(values.shape[1]), np.quantile(values, [0.01, 0.5, 0.99], 0)
+    axes.vlines(x, values.min(0), values.max(0), color="tab:blue", lw=1, label="min to max")
+    axes.bar(x, high - low, 0.6, low, color="tab:blue", alpha=0.5, label="98 percent")
+    axes.plot(x, median, "_", color="black", label="median")
+    if np.abs(values).max() > 20:
+        axes.set_yscale("symlog", linthresh=1)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.use_sticky_edges = False  # leaves room around the bars
+    axes.set(title=title, xlabel="dimension", ylabel="value")
+    axes.margins(y=0.1)
+    if title == "observations":  # the same in both, and it would hide bars
+        axes.legend()
+
+
+def draw_changes(axes, data: Data) -> None:
+    """How far the observations move at a step; jumps stand apart on the right."""
+    sizes = data.changes[0]
+    axes.hist(sizes.clip(0.01, 1000), bins=np.geomspace(0.01, 1000, 80), color="tab:blue")
+    axes.axvline(JUMP, color="tab:red", ls="--", label="jumps lie beyond")
+    axes.set(xscale="log", yscale="log", title="changes of the observations")
+    axes.set(xlabel="largest change, in 99th percentiles of its dimension", ylabel="steps")
+    axes.legend()
+
+
+# ---- command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise DoctorError(f"{message}: --help shows how to call this")
+
+
+def examine(dataset_id: str, out: Path) -> int:
+    """Print the page and the findings, save the picture; 0, 1 or, after an error, 2."""
+    try:
+        data = load(dataset_id)
+        print(page(data), flush=True)
+        findings = [finding for check in CHECKS for finding in check(data)]
+        path = out / f"{re.sub(r'[^A-Za-z0-9_.]+', '-', data.name).strip('-')}-doctor.png"
+        out.mkdir(parents=True, exist_ok=True)
+        draw(data, findings, path)
+    except DoctorError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}: choose another place with --out", file=sys.stderr)
+        return 2
+    print(f"\n{describe(findings)}\n\npicture: {path}\n", flush=True)
+    return 1 if findings else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0, 1 where something is wrong, 2 where a dataset cannot be examined."""
+    parser = Parser(description="Examine an offline dataset before training on it.")
+    parser.add_argument("ids", nargs="+", metavar="ID", help="an id in Minari's store, or a folder")
+    parser.add_argument("--out", type=Path, default=Path(), help="folder of the pictures (here)")
+    try:
+        args = parser.parse_args(argv)
+    except DoctorError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return max([examine(dataset_id, args.out) for dataset_id in args.ids])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,489 @@
+"""datasets/doctor.py: every fault is planted into a clean toy set, and found; a clean one has none.
+
+What is planted alters the file itself, for Minari's writer would refuse much of it.
+"""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import gymnasium as gym
+import h5py
+import numpy as np
+import pytest
+from conftest import TOY_ENV, toy_episode, write_dataset
+from PIL import Image
+
+PATH = Path(__file__).resolve().parents[1] / "datasets" / "doctor.py"
+SPEC = importlib.util.spec_from_file_location("doctor", PATH)
+doctor = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(doctor)
+EPISODES, STEPS = 24, 40
+
+
+def smooth_episode(rng, number: int, terminated: bool):
+    """Observations that move a little at each step, as those of a robot."""
+    walk = rng.normal(size=3) + 0.05 * rng.normal(size=(STEPS + 1, 3)).cumsum(0)
+    # not every return is equal, and all lie between the references
+    rewards = -1 - rng.uniform(0, 1, STEPS) * (1 + number / EPISODES) / 2
+    arrays = {"observations": walk.astype(np.float32), "rewards": rewards.astype(np.float32)}
+    return toy_episode(rng, STEPS, terminated, **arrays)
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    """The data folder of a set with nothing wrong: even episodes terminate, odd are truncated."""
+    rng, store = np.random.default_rng(0), tmp_path_factory.mktemp("clean")
+    episodes = [smooth_episode(rng, i, terminated=i % 2 == 0) for i in range(EPISODES)]
+    return write_dataset(store, "toy/walk-v0", episodes)
+
+
+class Patient:
+    """A copy of the clean set, to plant faults into."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def set(self, episode: int, **arrays):
+        with h5py.File(self.folder / "main_data.hdf5", "r+") as file:
+            for key, values in arrays.items():
+                del file[f"episode_{episode}"][key]
+                file[f"episode_{episode}"][key] = values
+
+    def get(self, episode: int, key: str) -> np.ndarray:
+        with h5py.File(self.folder / "main_data.hdf5") as file:
+            return file[f"episode_{episode}"][key][()]
+
+    def edit(self, episode: int, key: str, rows, values):
+        array = self.get(episode, key)
+        array[rows] = values
+        self.set(episode, **{key: array})
+
+    def everywhere(self, key: str, change):
+        for episode in range(EPISODES):
+            self.set(episode, **{key: change(self.get(episode, key))})
+
+    def describe(self, **changes):
+        """Change the metadata; None takes a key out."""
+        path = self.folder / "metadata.json"
+        metadata = json.loads(path.read_text()) | changes
+        kept = {key: value for key, value in metadata.items() if value is not None}
+        path.write_text(json.dumps(kept))
+
+    def findings(self) -> list:
+        data = doctor.load(str(self.folder))
+        return [finding for check in doctor.CHECKS for finding in check(data)]
+
+    def only(self, title: str) -> str:
+        """The detail of the one finding, which has this title."""
+        findings = self.findings()
+        assert [finding.title for finding in findings] == [title]
+        assert findings[0].effect and findings[0].mend
+        return findings[0].detail
+
+
+@pytest.fixture
+def patient(clean, tmp_path):
+    shutil.copytree(clean, tmp_path / "set" / "data")
+    return Patient(tmp_path / "set" / "data")
+
+
+# ---- command line
+
+
+def test_clean_set_has_no_finding(patient, capsys):
+    assert doctor.main([str(patient.folder.parent), "--out", "pictures"]) == 0
+    out, err = capsys.readouterr()
+    assert "nothing wrong found" in out and err == ""
+    for words in ("toy/walk-v0", "ToyPendulum-v0", "24, 12 terminated, 12 truncated", "960"):
+        assert words in out
+    assert "-160.0 to -20.0" in out and "40 / 40 / 40" in out and "scores" in out
+    returns = [patient.get(i, "rewards").astype(float).sum() for i in range(EPISODES)]
+    assert f"{min(returns):,.6g} / {np.median(returns):,.6g} / {max(returns):,.6g}, mean" in out
+    lowest = min(patient.get(i, "observations")[:, 2].min() for i in range(EPISODES))
+    assert f"observation 2   {lowest:12.4g}" in out
+    (picture,) = Path("pictures").iterdir()
+    assert picture.name == "toy-walk-v0-doctor.png" and f"picture: {picture}" in out
+    with Image.open(picture) as image:
+        image.load()
+        assert image.format == "PNG" and min(image.size) >= 800
+        assert np.asarray(image.convert("L")).std() > 10  # not an empty page
+
+
+def test_fault_is_told_with_effect_and_mend(patient, capsys):
+    patient.edit(4, "truncations", -1, True)
+    assert doctor.main([str(patient.folder)]) == 1
+    out = capsys.readouterr().out
+    assert "1. terminal and timeout at once: 1 step in 1 episode, first in episode 4 at step" in out
+    assert "effect: loaders disagree" in out and "mend:   keep the termination" in out
+    assert Path("toy-walk-v0-doctor.png").is_file()
+
+
+def test_id_of_the_store_and_one_that_is_not_there(clean, monkeypatch, capsys):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(clean.parents[2]))
+    assert doctor.main(["no/such-v0", "toy/walk-v0"]) == 2
+    out, err = capsys.readouterr()
+    assert "nothing wrong found" in out and err.startswith("error: no/such-v0 is not here")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["no/such-v0"], ["no/such-v0 is not here", "Minari's store"]),
+        (["D4RL/hopper/medium-v2"], ["python datasets/d4rl.py hopper-medium-v2"]),
+        (["empty"], ["empty holds no metadata.json"]),
+        (["set/data", "--out", "a-file"], ["a-file", "--out"]),
+        ([], ["ID", "--help"]),
+        (["set", "--bad"], ["--bad", "--help"]),
+    ],
+)
+@pytest.mark.usefixtures("patient")
+def test_errors_are_one_line(argv, words, capsys):
+    Path("empty").mkdir()
+    Path("a-file").touch()
+    assert doctor.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    for word in words:
+        assert word in error
+
+
+def break_file(patient):
+    (patient.folder / "main_data.hdf5").write_bytes(b"no HDF5")
+
+
+def break_metadata(patient):
+    (patient.folder / "metadata.json").write_text("{")
+
+
+def break_episodes(patient):
+    patient.everywhere("rewards", lambda rewards: rewards[:0])
+
+
+@pytest.mark.parametrize("harm", [break_file, break_metadata, break_episodes])
+def test_unreadable_set_is_one_line(patient, harm, capsys):
+    harm(patient)
+    assert doctor.main([str(patient.folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert str(patient.folder) in error and "convert it again" in error
+    assert not list(Path().glob("*.png"))
+
+
+# ---- files
+
+
+def test_empty_episode(patient):
+    for key in ("actions", "rewards", "terminations", "truncations"):
+        patient.set(3, **{key: patient.get(3, key)[:0]})
+    detail = patient.only("empty episodes")
+    assert "1 episode, first episode 3" in detail
+
+
+def test_inconsistent_lengths(patient):
+    patient.set(2, rewards=patient.get(2, "rewards")[:-1])
+    patient.set(7, observations=patient.get(7, "observations")[:-1])
+    assert "2 episodes, first episode 2" in patient.only("inconsistent lengths")
+
+
+def test_totals_that_contradict_the_file(patient):
+    patient.describe(total_steps=EPISODES * STEPS + 5)
+    assert "965 steps, the file holds 960" in patient.only("inconsistent lengths")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("observations", np.nan), ("actions", np.inf), ("rewards", -np.inf)]
+)
+def test_not_finite(patient, key, value):
+    patient.edit(5, key, 7, value)
+    detail = patient.only("NaN or infinite values")
+    assert "first episode 5" in detail and key[:3] in detail
+
+
+# ---- jumps
+
+
+def test_teleport_inside_an_episode(patient):
+    states = patient.get(6, "observations")
+    states[20:, 1] += 10
+    patient.set(6, observations=states)
+    detail = patient.only("jumps inside episodes")
+    assert "1 step in 1 episode, first in episode 6 at step 19: dimension 1" in detail
+
+
+def test_jump_at_a_terminal_is_no_fault(patient):
+    patient.edit(4, "observations", -1, 10)
+    assert patient.findings() == []
+
+
+def test_timeout_leads_to_the_next_episode(patient):
+    for episode in (3, 9):
+        patient.edit(episode, "observations", -1, patient.get(episode + 1, "observations")[0])
+    detail = patient.only("jumps at timeouts")
+    assert "2 steps in 2 episodes, first in episode 3 at step 39" in detail
+    assert "in 2 cases to the next episode's first" in detail
+
+
+def test_timeout_jumps_elsewhere(patient):
+    patient.edit(3, "observations", -1, 50)
+    assert "in 0 cases" in patient.only("jumps at timeouts")
+
+
+def test_goes_on_where_the_last_episode_stopped(patient):
+    """A long recording cut into episodes: the next first observation is the true one."""
+    end = patient.get(3, "observations")[-1]
+    states = patient.get(4, "observations")
+    patient.set(4, observations=states - states[0] + end)
+    assert patient.findings() == []
+
+
+def test_repeated_last_observation(patient):
+    for episode in (4, 5):  # one terminates: what its last step led to is never bootstrapped
+        patient.edit(episode, "observations", -1, patient.get(episode, "observations")[-2])
+    detail = patient.only("last observation repeated")
+    assert "1 step in 1 episode, first in episode 5" in detail
+
+
+def test_robot_at_rest_repeats_itself(patient):
+    def rest(states):
+        states[25:] = states[25]
+        return states
+
+    patient.everywhere("observations", rest)
+    assert patient.findings() == []
+
+
+# ---- flags
+
+
+def test_terminal_and_timeout_at_once(patient):
+    patient.edit(2, "truncations", -1, True)
+    assert "first in episode 2 at step 39" in patient.only("terminal and timeout at once")
+
+
+@pytest.mark.parametrize("key", ["terminations", "truncations"])
+def test_flag_in_the_middle(patient, key):
+    patient.edit(3, key, 10, True)
+    assert "first in episode 3 at step 10" in patient.only("flags in the middle of an episode")
+
+
+def test_end_without_a_flag(patient):
+    patient.edit(1, "truncations", -1, False)
+    assert "first in episode 1" in patient.only("episodes that end with neither flag")
+
+
+# ---- rewards
+
+
+def maze_data(late: bool, ends: bool = False, observed: bool = False, seed: int = 0):
+    """Balls that cross a goal at (1, 1), the cell's centre, or stop there (`ends`)."""
+    rng, episodes = np.random.default_rng(seed), []
+    cells = [[1, 1, 1, 1, 1], [1, 0, 0, "g", 1], [1, 0, 0, 0, 1], [1, 0, 0, 0, 1], [1, 1, 1, 1, 1]]
+    for _ in range(60):
+        angle = rng.uniform(0, 2 * np.pi)
+        way = np.stack([np.cos(angle), np.sin(angle)])
+        aside = rng.uniform(-0.3, 0.3) * np.array([-way[1], way[0]])
+        pace = np.linspace(-1.5, 1.5, 61)[:, None] + rng.uniform(0, 0.05)
+        place = np.array([1, 1]) + pace * way + aside
+        inside = np.linalg.norm(place - [1, 1], axis=1) <= doctor.GOAL_RADIUS
+        stop = int(inside.argmax()) + 2 if ends else len(place)
+        place, inside = place[:stop], inside[:stop]
+        goal = np.ones_like(place) if observed else np.empty((len(place), 0))
+        states = np.concatenate([place, goal, np.tile(way, (len(place), 1))], 1)
+        episodes.append((states, inside[:-1] if late else inside[1:]))
+    spec = gym.envs.registration.EnvSpec("PointMaze_Own-v0", entry_point="none:None")
+    spec.kwargs = {"maze_map": cells}
+    box = gym.spaces.Box(-np.inf, np.inf, (2,))
+    names = ("achieved_goal", "desired_goal", "observation")
+    space = gym.spaces.Dict({name: box for name in names}) if observed else box
+    rewards = np.concatenate([rewards for _, rewards in episodes]).astype(np.float32)
+    starts = np.cumsum([0, *(len(rewards) for _, rewards in episodes)])
+    states = np.concatenate([states for states, _ in episodes]).astype(np.float32)
+    flags = np.zeros((2, len(rewards)), bool)
+    metadata = {"env_spec": spec.to_json(), "observation_space": space}
+    actions = np.zeros((len(rewards), 2), np.float32)
+    numbers = np.arange(len(episodes))
+    return doctor.Data("maze", metadata, states, actions, rewards, *flags, starts, numbers, [])
+
+
+@pytest.mark.parametrize("observed", [False, True])
+@pytest.mark.parametrize("late", [False, True])
+def test_late_rewards_of_a_maze(late, observed):
+    findings = list(doctor.check_reward_shift(maze_data(late, observed=observed)))
+    assert [finding.title for finding in findings] == ["rewards one step late"] * late
+    if late:
+        assert "120 switches" in findings[0].detail and "episode 0" in findings[0].detail
+
+
+def test_maze_that_ends_at_its_goal():
+    """Entries alone fit a smaller circle as well: nothing can be told unless the goal is seen."""
+    assert list(doctor.check_reward_shift(maze_data(late=True, ends=True))) == []
+    assert list(doctor.check_reward_shift(maze_data(late=False, ends=True, observed=True))) == []
+    assert len(list(doctor.check_reward_shift(maze_data(late=True, ends=True, observed=True)))) == 1
+
+
+def test_maze_whose_rewards_are_not_sparse_or_not_of_the_goal():
+    dense, elsewhere = maze_data(late=True), maze_data(late=True)
+    dense.rewards = dense.rewards * 0.5
+    elsewhere.obs = elsewhere.obs - 3
+    assert list(doctor.check_reward_shift(dense)) == []
+    assert list(doctor.check_reward_shift(elsewhere)) == []
+
+
+def test_all_rewards_zero(patient):
+    patient.everywhere("rewards", lambda rewards: rewards * 0)
+    patient.describe(ref_min_score=0.0, ref_max_score=1.0)
+    assert "960 steps, from episode 0" in patient.only("all rewards are zero")
+
+
+def test_terminal_reward_unlike_the_rest(patient):
+    ends = [patient.get(i, "terminations") for i in range(EPISODES)]
+    for episode, flags in enumerate(ends):
+        truncated = np.zeros(STEPS, bool)
+        flags[-1] = True  # 24 terminals, of which one has no success
+        reward = flags * np.float32(episode != 8)
+        patient.set(episode, rewards=reward, terminations=flags, truncations=truncated)
+    patient.describe(ref_min_score=0.0, ref_max_score=1.0)
+    detail = patient.only("terminal rewards unlike the rest")
+    assert "first in episode 8 at step 39 terminate with 0, the other 23 with 1" in detail
+
+
+def test_equal_returns_are_a_note(patient):
+    rewards = np.where(np.arange(STEPS) % 2, -1, -2).astype(np.float32)
+    patient.everywhere("rewards", lambda _: rewards)
+    assert patient.findings() == []
+    assert any("same return" in note for note in doctor.notes(doctor.load(str(patient.folder))))
+
+
+# ---- observations and actions
+
+
+def test_constant_observation(patient):
+    patient.everywhere("observations", lambda states: states * np.float32([1, 1, 0]) + 0.5)
+    assert "1 dimension, first dimension 2, always 0.5" in patient.only("constant observations")
+
+
+def test_all_zero_observation(patient):
+    patient.edit(7, "observations", slice(None), patient.get(7, "observations") * 1e-3)
+    patient.edit(7, "observations", [3, 4], 0)
+    assert "2 observations, first in episode 7" in patient.only("all-zero observations")
+
+
+def test_actions_outside_of_their_space(patient):
+    patient.edit(5, "actions", [8, 9], 2.5)
+    patient.edit(6, "actions", 0, 2 + 5e-6)  # rounding is no fault
+    detail = patient.only("actions outside of the action space")
+    assert "2 steps in 1 episode, first in episode 5 at step 8, by up to 0.5" in detail
+
+
+def test_constant_actions(patient):
+    patient.everywhere("actions", lambda actions: actions * 0 + 0.25)
+    assert "first dimension 0, always 0.25" in patient.only("constant actions")
+
+
+def test_saturated_actions_are_a_note(patient):
+    patient.everywhere("actions", np.sign)
+    patient.everywhere("actions", lambda actions: 2 * actions)
+    assert patient.findings() == []
+    notes = list(doctor.notes(doctor.load(str(patient.folder))))
+    assert "100.0% of the action components are at a bound of their space" in notes
+
+
+def test_duplicated_episode(patient):
+    for key in ("observations", "actions", "rewards", "terminations", "truncations"):
+        patient.set(16, **{key: patient.get(2, key)})
+    assert "1 episode occurred before, first episode 16" in patient.only("duplicated episodes")
+    assert "40 steps, 1 whole episode" in doctor.page(doctor.load(str(patient.folder)))
+
+
+# ---- what the metadata say
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "wrong"),
+    [
+        ("D4RL/hopper/medium-v1", 95, True),
+        ("D4RL/hopper/medium-v2", 45, False),
+        ("D4RL/hopper/expert-v1", 45, True),
+        ("D4RL/walker2d/expert-v2", 107, False),
+        ("D4RL/halfcheetah/random-v2", 40, True),
+        ("D4RL/hopper/medium-replay-v2", 15, False),
+        ("D4RL/hopper/medium-expert-v2", 15, True),
+        ("D4RL/door/expert-v1", 20, False),  # the bands are locomotion's
+    ],
+)
+def test_swapped_tiers(patient, name, mean, wrong):
+    returns = [patient.get(i, "rewards").sum() for i in range(EPISODES)]
+    low = float(np.mean(returns)) - mean
+    patient.describe(dataset_id=name, ref_min_score=low, ref_max_score=low + 100)
+    if wrong:
+        detail = patient.only("the name does not fit the returns")
+        assert f"the mean score is {mean}.0" in detail
+    else:
+        assert patient.findings() == []
+
+
+@pytest.mark.parametrize("key", ["ref_min_score", "ref_max_score"])
+def test_missing_reference(patient, key):
+    patient.describe(**{key: None})
+    patient.only("no reference returns")
+
+
+@pytest.mark.parametrize("low", [-20.0, 5.0])
+def test_references_in_the_wrong_order(patient, low):
+    patient.describe(ref_min_score=low)
+    assert str(low) in patient.only("references in the wrong order")
+
+
+@pytest.mark.parametrize("references", [(-30.0, -20.0), (-1000.0, -990.0)])
+def test_references_that_do_not_fit(patient, references):
+    patient.describe(ref_min_score=references[0], ref_max_score=references[1])
+    assert "mean score" in patient.only("references do not fit the returns")
+
+
+def test_no_environment(patient):
+    patient.describe(env_spec=None)
+    assert "env_spec is missing" in patient.only("no environment to evaluate in")
+
+
+def test_environment_that_cannot_be_read(patient):
+    patient.describe(env_spec="{}")
+    assert "cannot be read" in patient.only("no environment to evaluate in")
+
+
+def test_environment_that_does_not_build(patient):
+    spec = gym.envs.registration.EnvSpec("Lost-v0", entry_point="no_such_package:Env")
+    patient.describe(env_spec=spec.to_json())
+    detail = patient.only("no environment to evaluate in")
+    assert "Lost-v0 does not build" in detail and "no_such_package" in detail
+
+
+def test_environment_of_another_size(patient):
+    place = "gymnasium.envs.classic_control.continuous_mountain_car:Continuous_MountainCarEnv"
+    patient.describe(env_spec=gym.envs.registration.EnvSpec("Car-v0", entry_point=place).to_json())
+    assert "observations of size 2, the data 3" in patient.only("the environment is another one")
+
+
+def test_environment_that_differs_is_a_note(patient):
+    patient.describe(environment_differs="it has wind", env_spec=TOY_ENV.to_json())
+    assert patient.findings() == []
+    assert "environment differs: it has wind" in doctor.page(doctor.load(str(patient.folder)))
+
+
+# ---- what it stands on
+
+
+def test_hashes_tell_rows_apart():
+    rows = np.random.default_rng(0).integers(0, 9, (2000, 4)).astype(np.float32)
+    ours = len(np.unique(doctor.hash_rows(rows)))
+    assert ours == len(np.unique(rows, axis=0)) < len(rows)
+    assert len(np.unique(doctor.hash_rows(np.float32([[0, 1], [1, 0], [0, 0]])))) == 3
+
+
+def test_long_tables_are_summarised():
+    data = maze_data(late=False)
+    data.obs = np.random.default_rng(0).normal(size=(len(data.obs), 60)).astype(np.float32)
+    lines = list(doctor.table(data))
+    assert len(lines) <= 1 + sum(doctor.ROWS.values())
+    assert any(line.startswith("observations 13 to 59: between") for line in lines)
