@@ -683,7 +683,7 @@ def draw(data: Data, findings: list[Finding], path: Path) -> None:
     returns.axvline(data.returns.mean(), color="black", label=f"mean {data.returns.mean():,.4g}")
     returns.set(title="returns", xlabel="undiscounted return", ylabel="episodes")
     returns.legend()
-    lengths.hist(data.lengths, bins=50, color="tab:blue")
+    lengths.hist(data.lengths, bins=50, range=(0, 1.02 * data.lengths.max()), color="tab:blue")
     lengths.set(title="lengths", xlabel="steps", ylabel="episodes")
     draw_rewards(rewards, data)
     draw_ranges(obs, data.obs, "observations")

@@ -41,9 +41,10 @@ def make_td3_bc(**settings):
     """TD3+BC with targets that differ from their networks, and policies that saturate at times."""
     agent, g = make_agent("td3_bc", "TD3BC", **{**LOUD, **settings}), torch.Generator()
     with torch.no_grad():
-        for module in (agent.target_critic, agent.target_actor):
-            for p in module.parameters():
-                p.copy_(0.8 * torch.randn(p.shape, generator=g.manual_seed(p.numel())))
+        for seed, module in enumerate((agent.target_critic, agent.target_actor, agent.critic)):
+            for p in module.parameters():  # loud, so that Q has both signs within a batch
+                g.manual_seed(1000 * seed + p.numel())
+                p.copy_(0.8 * torch.randn(p.shape, generator=g))
     return agent
 
 

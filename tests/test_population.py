@@ -24,6 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 SEEDS = 3
 # Set where a script has the field, so that more of it runs: dropout draws noise, a large tau shows.
 THOROUGH = {"actor_dropout": 0.3, "normalize_obs": "true", "tau": 0.1}
+# Phases that a short run reaches, a learned multiplier, a small network beside hidden_dim's.
+THOROUGH |= {"behavior_updates": 1, "warm_start": 2, "learn_alpha": "true", "vae_hidden_dim": 16}
 METRIC = re.compile(r"(train|eval|time)/[a-z0-9_]+")
 
 

@@ -46,7 +46,7 @@ class Crash(Exception):
 
 
 def long(script, **settings) -> list[str]:
-    """The command line of a run that is to be interrupted; with dropout and phases, if it has any."""
+    """The command line of a run that is to be interrupted; with dropout and phases if any."""
     more = {"actor_dropout": 0.3, "behavior_updates": 8, "warm_start": 16}
     more = {k: v for k, v in more.items() if k in script.TrainConfig.__dataclass_fields__}
     return words(**{**LONG, **more, **settings})
@@ -264,7 +264,8 @@ def test_optimizers_after_a_resume(script, monkeypatch):
             steps = [int(state["step"]) for state in optimizer.state.values()]
             assert len(set(steps)) == 1, name
             counts.append(steps[0])
-        assert max(counts) == 19 + number  # a delayed policy has moved less often
+        first = getattr(agent.cfg, "behavior_updates", 0)  # then all other optimizers move
+        assert max(counts) == 19 + number - first  # a delayed policy has moved less often
         seen.append({name: o.param_groups[0]["lr"] for name, o in optimizers.items()})
 
     before_update(monkeypatch, script, look)
@@ -590,6 +591,8 @@ class Population:
 )
 def test_evaluation_equals_a_plain_loop(script, seeds, env_id):
     """With 22 members two episodes of each fit into a wave of 64."""
+    if "context" in script.TrainConfig.__dataclass_fields__:
+        pytest.skip("acts by the whole history: such scripts have their own plain loop")
     Ends.seeds = ()
     argv = words(
         num_seeds=seeds,

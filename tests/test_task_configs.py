@@ -11,7 +11,8 @@ from conftest import REPOSITORY, load_script
 FILES = {}  # of whatever folder there is
 for path in sorted((REPOSITORY / "configs").glob("*/*.yaml")):
     FILES.setdefault(path.parent.name, []).append(path)
-COMPLETE = ["bc", "bc_10", "iql"]  # folders with a file for every task
+# folders with a file for every task
+COMPLETE = ["awac", "bc", "bc_10", "bcq", "brac", "cql", "dt", "iql", "rebrac", "td3_bc"]
 SCRIPT = {"bc_10": "bc"}  # where a folder is not named as its script
 TASK_FIELDS = {"dataset_id", "download", "fallback_dataset_id", "env_id"}
 TASK_FIELDS |= {"ref_min_score", "ref_max_score"}
@@ -132,6 +133,95 @@ IQL |= {"reward_scale": 1.0, "reward_shift": 0.0, "reward_by_return_range": Fals
 IQL |= {"eval_every": 5_000, "eval_episodes": 10, "final_eval_episodes": 100}
 DEXTEROUS = {"inverse_temperature": 0.5, "actor_dropout": 0.1}
 
+RUN = {"num_updates": 1_000_000, "batch_size": 256, "gamma": 0.99, "tau": 0.005, "label": ""}
+RUN |= {"normalize_obs": False, "reward_by_return_range": False, "success_reward": None}
+RUN |= {"reward_scale": 1.0, "reward_shift": 0.0, "hidden_dim": 256}
+RUN |= {"eval_every": 5_000, "eval_episodes": 10, "final_eval_episodes": 100}
+
+TD3_BC = {**RUN, "normalize_obs": True, "alpha": 2.5, "policy_noise": 0.2, "noise_clip": 0.5}
+TD3_BC |= {"policy_delay": 2, "actor_lr": 3e-4, "critic_lr": 3e-4, "hidden_layers": 2}
+
+REBRAC = {**RUN, "policy_noise": 0.2, "noise_clip": 0.5, "policy_delay": 2, "hidden_layers": 3}
+SMALL_STEPS = {"batch_size": 256, "actor_lr": 3e-4, "critic_lr": 3e-4}
+PENALTIES = {  # beta_1, beta_2 of the paper's table; of the authors' configs where it differs (*)
+    "halfcheetah-random": (0.001, 0.1),
+    "halfcheetah-medium": (0.001, 0.01),
+    "halfcheetah-expert": (0.01, 0.01),
+    "halfcheetah-medium-expert": (0.01, 0.1),
+    "halfcheetah-medium-replay": (0.01, 0.001),
+    "halfcheetah-full-replay": (0.001, 0.1),
+    "hopper-random": (0.001, 0.01),
+    "hopper-medium": (0.01, 0.01),  # * 0.001
+    "hopper-expert": (0.1, 0.1),  # * 0.001
+    "hopper-medium-expert": (0.1, 0.01),
+    "hopper-medium-replay": (0.05, 0.5),
+    "hopper-full-replay": (0.01, 0.01),
+    "walker2d-random": (0.01, 0.0),
+    "walker2d-medium": (0.05, 0.1),
+    "walker2d-expert": (0.01, 0.5),
+    "walker2d-medium-expert": (0.01, 0.01),
+    "walker2d-medium-replay": (0.05, 0.01),
+    "walker2d-full-replay": (0.01, 0.01),
+    "antmaze-umaze": (0.003, 0.002),
+    "antmaze-umaze-diverse": (0.003, 0.001),
+    "antmaze-medium-play": (0.001, 0.0005),
+    "antmaze-medium-diverse": (0.001, 0.0),
+    "antmaze-large-play": (0.002, 0.001),
+    "antmaze-large-diverse": (0.002, 0.002),
+    "pen-human": (0.1, 0.5),
+    "pen-cloned": (0.05, 0.5),
+    "pen-expert": (0.01, 0.01),
+    "door-human": (0.1, 0.1),
+    "door-cloned": (0.01, 0.1),
+    "door-expert": (0.05, 0.01),
+    "hammer-human": (0.01, 0.5),
+    "hammer-cloned": (0.1, 0.5),
+    "hammer-expert": (0.01, 0.01),
+    "relocate-human": (0.1, 0.01),
+    "relocate-cloned": (0.1, 0.01),
+    "relocate-expert": (0.05, 0.01),
+}
+
+AWAC = {**RUN, "normalize_obs": True, "weighting": "clipped", "awr_temperature": 0.1}  # CORL's
+AWAC |= {"actor_weight_decay": 0.0, "hidden_layers": 3, "actor_lr": 3e-4, "critic_lr": 3e-4}
+
+CQL = {**RUN, "regularizer": "h", "num_actions": 10, "alpha": 5.0, "lagrange": False}
+CQL |= {"target_gap": 10.0, "gap_floor": None, "max_backup": False, "entropy_backup": False}
+CQL |= {"learn_entropy_coef": True, "bc_updates": 40_000, "actor_lr": 1e-4, "critic_lr": 3e-4}
+CQL |= {"hidden_layers": 3, "critic_hidden_layers": 3}
+CQL_TEXT = {"lagrange": True, "target_gap": 5.0, "actor_lr": 3e-5, "alpha": 1.0}  # the paper's
+
+BCQ = {**RUN, "batch_size": 100, "min_weight": 0.75, "max_perturbation": 0.05, "latent_clip": 0.5}
+BCQ |= {"target_candidates": 10, "eval_candidates": 100, "kl_weight": 0.5, "actor_lr": 1e-3}
+BCQ |= {"critic_lr": 1e-3, "vae_lr": 1e-3, "hidden_dim": 400, "last_hidden_dim": 300}
+BCQ |= {"vae_hidden_dim": 750, "hidden_layers": 2}
+
+BRAC = {**RUN, "divergence": "kl", "divergence_samples": 4, "alpha": 1.0, "learn_alpha": False}
+BRAC |= {"alpha_limit": 500.0, "divergence_threshold": 0.0, "entropy_coef": 0.0, "mmd_sigma": 20.0}
+BRAC |= {"warm_start": 20_000, "actor_lr": 3e-5, "critic_lr": 1e-3, "behavior_lr": 5e-4}
+BRAC |= {"alpha_lr": 1e-5, "hidden_dim": 200, "critic_hidden_dim": 300, "hidden_layers": 2}
+
+DT = {"normalize_obs": True, "num_updates": 100_000, "batch_size": 64, "context": 20, "label": ""}
+DT |= {"return_scale": 1000.0, "hidden_dim": 128, "hidden_layers": 3, "attention_heads": 1}
+DT |= {"dropout": 0.1, "actor_lr": 1e-4, "warmup_updates": 10_000, "weight_decay": 1e-4}
+DT |= {"grad_clip": 0.25, "eval_every": 5_000, "eval_episodes": 10, "final_eval_episodes": 100}
+DT_CORL = {"return_scale": 1.0, "batch_size": 4096, "actor_lr": 8e-4}
+TARGETS = {  # by robot, or by the task where it has its own
+    "hopper": "3600, 1800",
+    "halfcheetah": "12000, 6000",
+    "walker2d": "5000, 2500",
+    "maze2d": "280, 140",
+    "antmaze": "1, 0.5",
+    "antmaze-umaze-diverse": "1, 0.5, 0.25, 0.125, 0.06, 0.03",
+    "antmaze-medium-diverse": "1, 0.5, 0.25, 0.125, 0.06, 0.03",
+    "antmaze-large-diverse": "1, 0.5, 0.25, 0.125, 0.06, 0.03",
+    "pen": "3100, 1550",
+    "hammer": "12800, 6400",
+    "relocate": "4300, 2150",
+    "door": "2900, 1450",
+    "kitchen": "4, 2",
+}
+
 PUBLISHED = {
     "bc": (BC, {"maze2d": MAZE2D, "antmaze": ANTMAZE}),
     "bc_10": (BC_10, {"maze2d": MAZE2D, "antmaze": ANTMAZE}),
@@ -150,6 +240,93 @@ PUBLISHED = {
             "kitchen": DEXTEROUS,
         },
     ),
+    "td3_bc": (TD3_BC, {"maze2d": MAZE2D, "antmaze": {**ANTMAZE, "reward_shift": -1.0}}),
+    "rebrac": (
+        REBRAC,
+        {
+            "locomotion": {"batch_size": 1024, "actor_lr": 1e-3, "critic_lr": 1e-3},
+            "maze2d": {
+                **SMALL_STEPS,
+                **MAZE2D,
+                "actor_penalty": 0.003,
+                "critic_penalty": 0.001,
+            },
+            "antmaze": {
+                **SMALL_STEPS,
+                "critic_lr": 5e-5,
+                "gamma": 0.999,
+                "reward_scale": 100.0,
+                "eval_episodes": 100,
+                "eval_every": 50_000,
+            },
+            "adroit": SMALL_STEPS,
+            "kitchen": {**SMALL_STEPS, "actor_penalty": 0.1, "critic_penalty": 0.01},
+        },
+    ),
+    "awac": (
+        AWAC,
+        {
+            "locomotion": {"awr_temperature": 0.3333},
+            "maze2d": MAZE2D,
+            "antmaze": {**ANTMAZE, "reward_shift": -1.0},
+        },
+    ),
+    "cql": (
+        CQL,
+        {
+            "maze2d": {  # CORL's
+                **MAZE2D,
+                "normalize_obs": True,
+                "alpha": 10.0,
+                "lagrange": True,
+                "target_gap": 5.0,
+                "bc_updates": 0,
+                "actor_lr": 3e-5,
+            },
+            "antmaze": {
+                "lagrange": True,
+                "target_gap": 1.0,  # tau 5 / alpha 5
+                "reward_scale": 4.0,  # (r - 0.5) * 4
+                "reward_shift": -2.0,
+                "eval_episodes": 100,
+                "eval_every": 50_000,
+            },
+            "adroit": CQL_TEXT,
+            "kitchen": CQL_TEXT,
+        },
+    ),
+    "bcq": (BCQ, {"maze2d": MAZE2D, "antmaze": ANTMAZE}),
+    "brac": (BRAC, {"maze2d": MAZE2D, "antmaze": ANTMAZE}),
+    "dt": (
+        DT,
+        {
+            "maze2d": {**DT_CORL, **MAZE2D},
+            "antmaze": {"return_scale": 1.0, "eval_episodes": 100, "eval_every": 10_000},
+            "adroit": DT_CORL,
+            "kitchen": {"return_scale": 1.0},
+        },
+    ),
+}
+PER_TASK = {
+    "rebrac": {
+        task: {"actor_penalty": actor, "critic_penalty": critic}
+        for task, (actor, critic) in PENALTIES.items()
+    },
+    "dt": {
+        task: {"target_returns": TARGETS.get(task, TARGETS[task.partition("-")[0]])}
+        for task in TASKS
+    },
+}
+UNTUNED = {  # of <suite>/<task>: settings that nobody published for it
+    "awac": r"kitchen/",
+    "bc": r"kitchen/",
+    "bc_10": r"kitchen/",
+    "bcq": r"(maze2d|antmaze|adroit|kitchen)/",
+    "brac": r"",
+    "cql": r"full-replay|adroit/.*-expert",
+    "dt": r"locomotion/[a-z0-9]+-(random|full-replay|expert)|-dense|kitchen/",
+    "rebrac": r"-dense|kitchen/",
+    "td3_bc": r"kitchen/",
 }
 
 
@@ -159,5 +336,13 @@ def test_values_are_the_published_ones(folder):
     for path in FILES[folder]:
         config, given = read(path)
         published = {**common, **per_suite.get(TASKS[path.stem]["suite"], {})}
+        published |= PER_TASK.get(folder, {}).get(path.stem, {})
         assert {name: getattr(config, name) for name in published} == published, path
         assert given.keys() <= published.keys() | TASK_FIELDS, path
+
+
+@pytest.mark.parametrize("folder", UNTUNED)
+def test_untuned_settings_say_so(folder):
+    for path in FILES[folder]:
+        untuned = re.search(UNTUNED[folder], f"{TASKS[path.stem]['suite']}/{path.stem}")
+        assert ("untuned" in comment(path)) == bool(untuned), path
