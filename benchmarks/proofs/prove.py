@@ -1,0 +1,581 @@
+"""Behavioural proofs: small experiments that show that each algorithm does what its paper is about.
+
+    python benchmarks/proofs/prove.py                    # all, into benchmarks/proofs/results
+    python benchmarks/proofs/prove.py awac_temperature bcq_support --out /tmp/proofs
+
+Each proof trains scripts of algorithms/ with four seeds on the CPU and measures one claim by a
+criterion that is written down here, before the numbers. DIR/<proof>.json holds the claim, the
+criterion, every command line, the numbers of every seed and whether the claim holds;
+DIR/proofs.png shows all of them that lie there. Exit code: 0 all claims hold, 1 one does not, 2 bad
+input.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import sys
+import tempfile
+import textwrap
+import time
+import typing
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import matplotlib
+import minari
+import numpy as np
+import torch
+from minari.data_collector import EpisodeBuffer
+
+matplotlib.use("Agg")  # no screen needed
+import matplotlib.pyplot as plt
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).resolve().parent / "results"
+SEEDS = (0, 1, 2, 3)
+HOPPER, REPLAY = "datasets/hopper/medium-v0", "datasets/hopper/medium-replay-v0"
+MAZE = "datasets/pointmaze/stitch-v0"
+COMMON = {
+    "download": "false",
+    "env_id": "none",
+    "device": "cpu",
+    "compile": "false",
+    "seed": SEEDS[0],
+    "num_seeds": len(SEEDS),
+    "log_every": 500,
+}
+COLORS = ("#4477AA", "#EE6677", "#228833")  # Tol, bright
+
+
+class ProofError(Exception):
+    """Something the user can mend."""
+
+
+# ---- proofs: numbers are {measure: {setting: [a value for each seed]}} ----
+
+
+@dataclass
+class Proof:
+    claim: str
+    criterion: str  # `holds` in words
+    seconds: float  # on one core of 2020's, for the time left
+    holds: typing.Callable  # numbers -> whether the claim holds
+    axes: tuple  # of the picture: x, y, scale of y (symlog: and what it shows as linear)
+    measure: typing.Callable  # lab -> numbers
+
+
+PROOFS = {}
+
+
+def proof(**about):
+    """Enter a function into the list of proofs."""
+
+    def register(function):
+        PROOFS[function.__name__] = Proof(measure=function, **about)
+        return function
+
+    return register
+
+
+def rows(measure: dict) -> np.ndarray:
+    """[settings, seeds]"""
+    return np.array(list(measure.values()), np.float64)
+
+
+def falls(values: np.ndarray) -> bool:
+    """Whether values [settings, seeds] fall from each setting to the next, in every seed."""
+    return bool((np.diff(values, axis=0) < 0).all())
+
+
+def spearman(x, y) -> float:
+    """Rank correlation; equal values share a rank, 0 where all values are equal."""
+    ranks = [[np.less(v, a).sum() + np.equal(v, a).sum() / 2 for a in v] for v in (x, y)]
+    return round(float(np.corrcoef(ranks)[0, 1]), 9) if np.std(ranks, axis=1).all() else 0.0
+
+
+def cloning_is_neared(numbers: dict) -> bool:
+    distance = rows(numbers["distance to BC"])
+    return falls(distance) and bool(distance[-1].max() < 1e-6)
+
+
+@proof(
+    claim="As alpha falls, TD3+BC's policy nears the one of behaviour cloning.",
+    criterion="In every seed the mean squared distance of the actions to BC's falls from alpha 2.5 "
+    "to 0.25, 0.025 and 0, where it is below 1e-6. At policy_delay 1, so that both see the same "
+    "batches; how far other batches alone move a cloned policy is shown beside it.",
+    seconds=60,
+    holds=cloning_is_neared,
+    axes=("alpha", "mean squared distance", "symlog", 1e-5),
+)
+def td3_bc_alpha(lab) -> dict:
+    """With the paper's delay of 2 the policy moves on every second batch only."""
+    small = {"dataset_id": REPLAY, "hidden_dim": 64, "batch_size": 128}
+    obs, distance = lab.observations(REPLAY), {}
+    bc = lab.train("bc", **small, num_updates=2000).act(obs)
+    for alpha, delay in ((2.5, 1), (0.25, 1), (0.025, 1), (0, 1), (0, 2)):
+        words = {"alpha": alpha, "policy_delay": delay, "num_updates": 2000 * delay}
+        policy = lab.train("td3_bc", **small, **words).act(obs)
+        distance[alpha, delay] = (policy - bc).square().mean((-2, -1)).tolist()
+    other = {"0": distance.pop((0, 2))}
+    same = {str(alpha): values for (alpha, _), values in distance.items()}
+    return {"distance to BC": same, "distance by other batches alone": other}
+
+
+def behaviour_is_neared(numbers: dict) -> bool:
+    divergence, distance = rows(numbers["KL divergence from b"]), rows(numbers["distance to b"])
+    ranks = [spearman(range(len(divergence)), seed) for seed in divergence.T]
+    return max(ranks) <= -0.9 and bool((distance[-1] <= 0.1 * distance[0]).all())
+
+
+@proof(
+    claim="As alpha grows, BRAC's policy nears the fitted behaviour policy b.",
+    criterion="In every seed the rank correlation of alpha and the KL divergence from b is at most "
+    "-0.9, and the mean squared distance of the mean actions to b's is at the largest alpha at "
+    "most a tenth of that at the smallest.",
+    seconds=150,
+    holds=behaviour_is_neared,
+    axes=("alpha", "KL divergence, squared distance", "log"),
+)
+def brac_alpha(lab) -> dict:
+    small = {"dataset_id": REPLAY, "hidden_dim": 64, "critic_hidden_dim": 64, "batch_size": 128}
+    small |= {"behavior_updates": 1500, "warm_start": 0, "actor_lr": 3e-4, "critic_lr": 3e-4}
+    obs, divergence, distance = lab.observations(REPLAY), {}, {}
+    for alpha in (0.1, 1, 10, 100, 10_000):
+        run = lab.train("brac", **small, alpha=alpha, num_updates=4000)
+        divergence[str(alpha)] = run.last("train/divergence")
+        with torch.no_grad():
+            mean, _ = run.agent.behavior(run.agent.scaler.obs(obs))
+        b = run.agent.scaler.env_action(mean.tanh())
+        distance[str(alpha)] = (run.act(obs) - b).square().mean((-2, -1)).tolist()
+    return {"KL divergence from b": divergence, "distance to b": distance}
+
+
+@proof(
+    claim="As its temperature falls, AWAC's weights concentrate on fewer samples.",
+    criterion="In every seed the effective share of the samples of a batch falls from each "
+    "temperature to the next.",
+    seconds=90,
+    holds=lambda numbers: falls(rows(numbers["effective share of the samples"])),
+    axes=("awr_temperature", "share", "log"),
+)
+def awac_temperature(lab) -> dict:
+    small = {"dataset_id": REPLAY, "hidden_dim": 64, "hidden_layers": 2, "batch_size": 128}
+    shares = {}
+    for temperature in (100, 10, 2, 0.5, 0.1):
+        run = lab.train("awac", **small, awr_temperature=temperature, num_updates=3000)
+        shares[str(temperature)] = run.last("train/effective_sample_share")
+    return {"effective share of the samples": shares}
+
+
+def middle(obs: np.ndarray) -> np.ndarray:
+    """The centre of the bandit's actions at states [N, 1]."""
+    return 0.4 * np.sin(np.pi * obs)
+
+
+def write_bandit(lab, width: float) -> str:
+    """One-step episodes, a = f(s) + U(-width, width), r = a: better actions lie outside."""
+    rng = np.random.default_rng(0)
+    obs = rng.uniform(-1, 1, (2000, 1)).astype(np.float32)
+    actions = (middle(obs) + rng.uniform(-width, width, obs.shape)).astype(np.float32)
+    episodes = [
+        EpisodeBuffer(
+            observations=s.repeat(2)[:, None],
+            actions=a[None],
+            rewards=a.copy(),
+            terminations=np.array([True]),
+            truncations=np.array([False]),
+        )
+        for s, a in zip(obs, actions, strict=True)
+    ]
+    return lab.write_dataset("proofs/bandit-v0", episodes, obs_dim=1, act_dim=1)
+
+
+@proof(
+    claim="BCQ's actions stay on the support of the data, where TD3 leaves it for a better Q.",
+    criterion="In every seed at least 95 % of BCQ's actions lie within the support widened by Phi, "
+    "and at most 20 % of TD3's.",
+    seconds=90,
+    holds=lambda numbers: (
+        min(numbers["share on the support"]["BCQ"]) >= 0.95
+        and max(numbers["share on the support"]["TD3"]) <= 0.2
+    ),
+    axes=("", "share of states", "linear"),
+)
+def bcq_support(lab) -> dict:
+    """A contextual bandit; TD3 is TD3+BC with a huge alpha."""
+    width, phi, share = 0.2, 0.05, {}
+    small = {"dataset_id": write_bandit(lab, width), "hidden_dim": 64, "num_updates": 4000}
+    bcq = {"max_perturbation": phi, "last_hidden_dim": 64, "vae_hidden_dim": 64}
+    obs = torch.linspace(-1, 1, 1001).unsqueeze(-1).expand(len(SEEDS), -1, -1)
+    for name, script, settings in (("BCQ", "bcq", bcq), ("TD3", "td3_bc", {"alpha": 1e6})):
+        action = lab.train(script, **small, batch_size=128, **settings).act(obs)
+        away = np.abs(action.numpy() - middle(obs.numpy()))
+        share[name] = (away <= width + phi).mean((-2, -1)).tolist()
+    return {"share on the support": share}
+
+
+def values_are_bounded(numbers: dict) -> bool:
+    learned, true = numbers["learned value"], numbers["true value"]
+    pairs = {name: np.array([learned[name], true[name]]) for name in learned}
+    return bool(
+        (pairs["CQL"][0] < pairs["CQL"][1]).all() and (pairs["SAC"][0] > pairs["SAC"][1]).all()
+    )
+
+
+@proof(
+    claim="CQL's values lie below the true return of its policy, unregularised SAC's above.",
+    criterion="In every seed the mean over start states of min_i Q_i(s, pi(s)) is below the mean "
+    "discounted return of the policy in the environment for CQL, above it for SAC, its alpha 0.",
+    seconds=240,
+    holds=values_are_bounded,
+    axes=("", "discounted return", "symlog", 10),
+)
+def cql_pessimism(lab) -> dict:
+    """gamma 0.95 forgets what is behind the limit of 1000 steps; with this tau Q has settled."""
+    small = {"dataset_id": HOPPER, "hidden_dim": 64, "batch_size": 64, "num_actions": 4}
+    small |= {"hidden_layers": 2, "critic_hidden_layers": 2, "bc_updates": 0, "gamma": 0.95}
+    small |= {"entropy_coef": 0.1, "learn_entropy_coef": "false", "actor_lr": 3e-4, "tau": 0.01}
+    learned, true = {}, {}
+    for name, alpha in (("CQL", 5), ("SAC", 0)):
+        run = lab.train("cql", **small, alpha=alpha, num_updates=10_000)
+        obs, true[name] = run.discounted_returns(episodes=20)
+        action = run.agent.scaler.action(run.act(obs)).unsqueeze(1)
+        with torch.no_grad():
+            q = run.agent.q(run.agent.critic, run.agent.scaler.obs(obs), action)
+        learned[name] = q.amin(1).mean((-2, -1)).tolist()
+    return {"learned value": learned, "true value": true}
+
+
+def parts_are_joined(numbers: dict) -> bool:
+    reached = numbers["share of episodes that reach the goal"]
+    return max(reached["BC"] + reached["DT"]) <= 0.1 and min(reached["IQL"]) >= 0.8
+
+
+@proof(
+    claim="IQL joins parts of episodes to a way that none of them goes; BC and DT cannot.",
+    criterion="In every seed at least 80 % of the episodes reach the goal with IQL, and at most "
+    "10 % with BC and with DT. TD3+BC and AWAC are reported as they are.",
+    seconds=900,
+    holds=parts_are_joined,
+    axes=("", "share of episodes", "linear"),
+)
+def stitching(lab) -> dict:
+    """The bundled maze: values alone tell to turn right, where most episodes turn left."""
+    maze = {"dataset_id": MAZE, "env_id": "auto", "hidden_dim": 128, "eval_every": 10_000}
+    maze |= {"eval_episodes": 20, "final_eval_episodes": 50}
+    values = {"reward_scale": 100, "batch_size": 256, "num_updates": 20_000}
+    sequences = {"context": 10, "hidden_dim": 64, "hidden_layers": 2, "target_returns": "1"}
+    sequences |= {"return_scale": 1, "warmup_updates": 500, "actor_lr": 1e-3, "num_updates": 5000}
+    settings = {
+        "BC": ("bc", {"num_updates": 10_000}),
+        "DT": ("dt", sequences),
+        "IQL": ("iql", {**values, "expectile": 0.9, "inverse_temperature": 10}),
+        "TD3+BC": ("td3_bc", values),
+        "AWAC": ("awac", {**values, "hidden_layers": 2}),
+    }
+    runs = {name: lab.train(script, **{**maze, **own}) for name, (script, own) in settings.items()}
+    reached = {name: run.result("eval/return") for name, run in runs.items()}
+    return {"share of episodes that reach the goal": reached}
+
+
+def returns_follow(numbers: dict) -> bool:
+    returns = rows(numbers["achieved return"])
+    return float(np.mean([spearman(range(len(returns)), seed) for seed in returns.T])) >= 0.7
+
+
+@proof(
+    claim="The return that Decision Transformer achieves rises with the return it is asked for.",
+    criterion="The rank correlation of target and mean return is at least 0.7, mean over seeds.",
+    seconds=240,
+    holds=returns_follow,
+    axes=("target, % of the data's best return", "return", "linear"),
+)
+def dt_targets(lab) -> dict:
+    small = {"dataset_id": REPLAY, "env_id": "auto", "hidden_dim": 64, "hidden_layers": 2}
+    small |= {"context": 5, "actor_lr": 1e-3, "warmup_updates": 300, "num_updates": 3000}
+    targets = [f"{share}%" for share in (10, 23, 36, 49, 61, 74, 87, 100)]
+    small |= {"target_returns": ", ".join(targets), "eval_every": 10**9, "final_eval_episodes": 10}
+    run = lab.train("dt", **small)
+    names = ["eval/return"] + [f"eval/return_target_{i}" for i in range(2, len(targets) + 1)]
+    return {"achieved return": {t: run.result(n) for t, n in zip(targets, names, strict=True)}}
+
+
+# ---- helpers: what proofs are made of ----
+
+
+def load_script(name: str):
+    """A script of algorithms/ as a module, loaded once."""
+    key = f"algorithms.{name}"
+    if key not in sys.modules:
+        spec = importlib.util.spec_from_file_location(key, REPOSITORY / "algorithms" / f"{name}.py")
+        sys.modules[key] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[key])
+    return sys.modules[key]
+
+
+class Discounted(gym.Wrapper):
+    """Rewards times gamma^t, so that an episode's return is its discounted one."""
+
+    def __init__(self, env, gamma: float):
+        super().__init__(env)
+        self.gamma, self.factor = gamma, 1.0
+
+    def reset(self, **options):
+        self.factor = 1.0
+        return self.env.reset(**options)
+
+    def step(self, action):
+        obs, reward, *rest = self.env.step(action)
+        reward, self.factor = reward * self.factor, self.factor * self.gamma
+        return obs, reward, *rest
+
+
+class Trained:
+    """A finished run folder with its agent; lists hold a value for each seed."""
+
+    def __init__(self, script: str, folder: Path):
+        self.module, self.folder = load_script(script), folder
+        module, self.saved = self.module, self.module.read_checkpoint(str(folder))
+        config = ["--config", str(folder / "config.yaml")]
+        self.cfg = module.parse_config(module.TrainConfig, config)
+        obs, action = (self.saved["agent"][f"scaler.{n}"] for n in ("obs_mean", "action_center"))
+        kinds = [c for c in vars(module).values() if isinstance(c, type)]
+        (agent,) = [c for c in kinds if issubclass(c, module.Agent) and c is not module.Agent]
+        self.agent = agent(self.cfg, module.Scaler(obs, obs, action, action))
+        module.load_agent(self.agent, self.saved)
+
+    def act(self, obs: torch.Tensor) -> torch.Tensor:
+        """Actions [S, N, act_dim] at obs [S, N, obs_dim], in the environment's units."""
+        return self.agent.act(obs)
+
+    def last(self, name: str) -> list:
+        """A training metric, mean over the last log interval."""
+        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        found = {row["seed"]: row[name] for row in map(json.loads, lines) if name in row}
+        return [found[seed] for seed in SEEDS]
+
+    def result(self, name: str) -> list:
+        """A mean of the final evaluation."""
+        result = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
+        return [{row["seed"]: row for row in result["last"]}[seed][name] for seed in SEEDS]
+
+    def discounted_returns(self, episodes: int) -> tuple:
+        """Start states [S, episodes, obs_dim] and the mean discounted return from there."""
+        self.cfg.env_id = "auto"
+        stored, numbers = self.saved["environment"], range(episodes)
+        environment = self.module.find_environment(self.cfg, stored, self.agent.scaler)
+        envs = environment.get(len(SEEDS) * episodes)
+        environment.copies = [Discounted(env, self.cfg.gamma) for env in envs]
+        returns, _ = self.module.play(self.agent, environment, self.cfg, numbers)
+        starts = [envs[0].reset(seed=self.cfg.eval_seed + i)[0] for i in numbers]
+        obs = torch.as_tensor(np.stack(starts), dtype=torch.float32)
+        return obs.expand(len(SEEDS), -1, -1), returns.mean(-1).tolist()
+
+
+class Lab:
+    """Trains in a temporary folder, and keeps a record of every run.
+
+    `changes` replace settings of every run whose script has them: for quick tests.
+    """
+
+    def __init__(self, folder: Path, say=print, changes: typing.Optional[dict] = None):
+        self.folder, self.say, self.changes, self.runs = folder, say, changes or {}, []
+        self.commit = None
+
+    def train(self, script: str, **settings) -> Trained:
+        """Run a script to its end; its own output goes to a file of the folder."""
+        module, folder = load_script(script), self.folder / f"run{len(self.runs)}"
+        known = module.TrainConfig.__dataclass_fields__
+        settings = {**COMMON, **settings}
+        settings |= {name: value for name, value in self.changes.items() if name in known}
+        words = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+        self.say(f"{script}, {settings['num_updates']:,} updates x {len(SEEDS)} seeds")
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            code = module.main([*words, "--run_dir", str(folder)])
+        if code:
+            raise ProofError(f"{script} ended with exit code {code}: {' '.join(words)}")
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        self.commit = result["commit"]
+        record = {"command": " ".join(["python", f"algorithms/{script}.py", *map(quote, words)])}
+        names = ("dataset_id", "fingerprint", "seconds")
+        record |= {"updates": result["num_updates"], **{name: result[name] for name in names}}
+        self.runs.append(record)
+        return Trained(script, folder)
+
+    def observations(self, dataset_id: str) -> torch.Tensor:
+        """2,000 observations of a dataset for every seed [S, N, obs_dim], evenly spaced."""
+        module = load_script("bc")
+        with contextlib.redirect_stdout(io.StringIO()):
+            folder = module.find_dataset(dataset_id, download=False)
+            obs = module.load_dataset(dataset_id, folder).transitions["obs"]
+        obs = torch.as_tensor(obs[np.linspace(0, len(obs) - 1, 2000).astype(int)])
+        return obs.expand(len(SEEDS), -1, -1)
+
+    def write_dataset(self, dataset_id: str, episodes: list, obs_dim: int, act_dim: int) -> str:
+        """Write episodes with actions in [-1, 1] to the temporary store; returns the id."""
+        boxes = [
+            gym.spaces.Box(-bound, bound, (dim,), np.float32)
+            for bound, dim in ((np.inf, obs_dim), (1, act_dim))
+        ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Minari advises on optional metadata
+            names = ("observation_space", "action_space")
+            spaces = dict(zip(names, boxes, strict=True))
+            minari.create_dataset_from_buffers(dataset_id, episodes, **spaces)
+        return dataset_id
+
+
+def quote(word: str) -> str:
+    return f"'{word}'" if " " in word or not word else word
+
+
+@contextlib.contextmanager
+def temporary_store():
+    """A temporary folder, whose `store` is Minari's store meanwhile."""
+    old = os.environ.get("MINARI_DATASETS_PATH")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MINARI_DATASETS_PATH"] = str(Path(folder, "store"))
+        try:
+            yield Path(folder)
+        finally:
+            os.environ.pop("MINARI_DATASETS_PATH")
+            if old is not None:
+                os.environ["MINARI_DATASETS_PATH"] = old
+
+
+# ---- the command ----
+
+
+def run_proof(name: str, say=print, changes: typing.Optional[dict] = None) -> dict:
+    """What DIR/<name>.json holds."""
+    about, began = PROOFS[name], time.perf_counter()
+    with temporary_store() as folder:
+        lab = Lab(folder, say, changes)
+        numbers = about.measure(lab)
+    return {
+        "proof": name,
+        "claim": about.claim,
+        "criterion": about.criterion,
+        "holds": about.holds(numbers),
+        "numbers": numbers,
+        "seeds": SEEDS,
+        "runs": lab.runs,
+        "commit": lab.commit,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def progress(name: str, todo: list, done: list):
+    """A function that prints a line with the time left, from how long earlier proofs took."""
+    began = time.perf_counter()
+    planned = sum(PROOFS[one["proof"]].seconds for one in done)
+    pace = sum(one["seconds"] for one in done) / planned if done else 1
+
+    def say(text: str) -> None:
+        left = pace * sum(PROOFS[other].seconds for other in todo)
+        left = max(left - (time.perf_counter() - began), 1)
+        print(f"{name}: {text}; about {left / 60:.1f} min left", flush=True)
+
+    return say
+
+
+def spread(values: list) -> str:
+    return f"{np.mean(values):.3g} ± {np.std(values):.2g}"
+
+
+def table(results: list) -> str:
+    """Markdown, a row for each proof; mean and deviation (ddof 0) over seeds."""
+    lines = ["| claim | measured | holds | seconds |", "|---|---|---|---|"]
+    for result in results:
+        measured = "; ".join(
+            f"{measure}: " + ", ".join(f"{k}: {spread(v)}" for k, v in values.items())
+            for measure, values in result["numbers"].items()
+        )
+        holds = "yes" if result["holds"] else "NO"
+        lines.append(f"| {result['claim']} | {measured} | {holds} | {result['seconds']:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def panel(axis, result: dict) -> None:
+    """A dot for each seed, a line through the means where the settings have an order."""
+    x_label, y_label, scale, *linear = PROOFS[result["proof"]].axes
+    settings = list(dict.fromkeys(k for values in result["numbers"].values() for k in values))
+    for color, (measure, values) in zip(COLORS, result["numbers"].items(), strict=False):
+        at = [settings.index(name) for name in values]
+        style = "o-" if x_label and len(at) > 1 else "D"
+        axis.plot(at, rows(values).mean(-1), style, color=color, label=measure)
+        for x, seeds in zip(at, values.values(), strict=True):
+            axis.plot([x] * len(seeds), seeds, ".", color=color, alpha=0.4, markersize=10)
+    axis.set_xticks(range(len(settings)), settings)
+    verdict = "holds" if result["holds"] else "DOES NOT HOLD"
+    axis.set_title("\n".join(textwrap.wrap(result["claim"], 46)) + f"\n{verdict}", fontsize=10)
+    axis.set(xlabel=x_label, ylabel=y_label)
+    axis.set_yscale(scale, **({"linthresh": linear[0]} if linear else {}))
+    axis.margins(x=0.15)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=9)
+
+
+def picture(results: list, path: Path) -> None:
+    """A panel for each proof."""
+    columns = min(3, len(results))
+    shape = (-(-len(results) // columns), columns)
+    size = (5.0 * shape[1], 4.2 * shape[0])
+    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(results) :]:
+        axis.remove()
+    for axis, result in zip(axes.flat, results, strict=False):
+        panel(axis, result)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def read_results(folder: Path) -> list:
+    """All stored results, in the order of the list of proofs."""
+    paths = [folder / f"{name}.json" for name in PROOFS]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+
+
+def prove(names: list, out: Path) -> list:
+    """Run proofs one after the other; each is stored as soon as it is done."""
+    out.mkdir(parents=True, exist_ok=True)
+    done = []
+    for i, name in enumerate(names):
+        result = run_proof(name, progress(name, names[i:], done))
+        done.append(result)
+        path = out / f"{name}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        verdict = "holds" if result["holds"] else "DOES NOT HOLD"
+        print(f"{name}: {verdict}, {result['seconds']:.0f} seconds, {path}", flush=True)
+    picture(read_results(out), out / "proofs.png")
+    return done
+
+
+def main(argv=None) -> int:
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(description=__doc__, **style)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PROOFS))
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
+    args = parser.parse_args(argv)
+    names = list(dict.fromkeys(args.names)) or list(PROOFS)
+    torch.set_num_threads(1)  # the order of sums, and so every bit, depends on it
+    try:
+        unknown = [name for name in names if name not in PROOFS]
+        if unknown:
+            raise ProofError(f"there is no proof {unknown[0]}: give some of {', '.join(PROOFS)}")
+        results = prove(names, args.out)
+    except (ProofError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"\n{table(results)}\npicture: {args.out / 'proofs.png'}")
+    return 0 if all(result["holds"] for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
