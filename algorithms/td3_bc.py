@@ -897,7 +897,8 @@ class Run:
             self.restore(self.saved)
         if not self.saved:
             env_id = environment.spec.id if environment else None
-            about = {"fingerprint": dataset.fingerprint, "env_id": env_id, **about}
+            source = {"fingerprint": dataset.fingerprint, "source": dataset.metadata.get("source")}
+            about = {**source, "env_id": env_id, **about}
             self.write("config.yaml", yaml.safe_dump(self.config, sort_keys=False))
             self.write("environment.json", json.dumps(about, indent=1))
         for name in ("metrics.jsonl", "episodes.jsonl"):

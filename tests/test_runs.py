@@ -1025,12 +1025,14 @@ def test_scores_of_another_environment_say_so(iql, capsys):
     """What D4RL's environment had and today's lacks stands beside the score, also later."""
     folder = write_dataset(Path("store"), "other-v0", toy_episodes())
     about = json.loads((folder / "metadata.json").read_text())
-    sentence = "the pen may be dropped"
-    (folder / "metadata.json").write_text(json.dumps({**about, "environment_differs": sentence}))
+    sentence, source = "the pen may be dropped", {"source": "d4rl-hdf5 0123"}
+    about |= {"environment_differs": sentence, **source}
+    (folder / "metadata.json").write_text(json.dumps(about))
     given = {"dataset_id": "store/other-v0"}
     assert iql.main(words(**given)) == 0
     assert f"the environment differs: {sentence}\n" in capsys.readouterr().out
     assert json.loads(Path("run/result.json").read_text())["environment_differs"] == sentence
+    assert json.loads(Path("run/environment.json").read_text()).items() >= source.items()
     assert iql.main(["--checkpoint", "run", "--eval_only", "true"]) == 0
     assert sentence in capsys.readouterr().out
     named = {"env_id": "Pendulum-v1", "env_kwargs": "{max_episode_steps: 5}", "run_dir": "named"}
