@@ -934,7 +934,8 @@ def test_a_warm_start_takes_its_networks_from_the_checkpoint(script, monkeypatch
     assert script.main([*argv, "--checkpoint", "run"]) == 0
     assert first.keys() == weights.keys()
     for name, values in weights.items():  # the scaler's statistics among them
-        assert torch.equal(first[name], values), name
+        # what DT's targets are shares of belongs to the data at hand
+        assert torch.equal(first[name], values) != (name == "best_return"), name
     config = yaml.safe_load(Path("warm/config.yaml").read_text())
     expected = {"num_seeds": 2, "normalize_obs": True, "hidden_layers": 3, "hidden_dim": 16}
     assert {name: config[name] for name in expected} == expected
