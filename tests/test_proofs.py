@@ -4,9 +4,11 @@ import importlib.util
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPOSITORY, TOY, contents, toy_episode
 
 FOLDER = REPOSITORY / "benchmarks" / "proofs"
@@ -19,6 +21,7 @@ NAMES = {
     "brac_alpha",
     "awac_temperature",
     "bcq_support",
+    "cql_pessimism",
     "stitching",
     "dt_targets",
 }
@@ -94,6 +97,29 @@ def test_a_run_that_fails_is_named(lab):
         lab.train("bc", actor_lr=-1)
 
 
+def test_values_of_a_policy_are_its_discounted_returns():
+    """From the states of the observations: those of a real episode, played on from its middle."""
+
+    class Push:
+        cfg = SimpleNamespace(gamma=0.9)
+
+        def act(self, obs):
+            return 0.4 * torch.tanh(obs.sum(-1, keepdim=True))
+
+    env, obs, rewards = prove.gym.make("Pendulum-v1"), [], []
+    obs.append(env.reset(seed=3)[0])
+    for _ in range(40):
+        action = 2 * Push().act(torch.as_tensor(obs[-1])).numpy()
+        step_obs, reward, *_ = env.step(action)
+        obs.append(step_obs)
+        rewards.append(reward)
+    starts = torch.as_tensor(np.stack([obs[0], obs[10]])).unsqueeze(0)
+    expected = [sum(0.9**t * r for t, r in enumerate(rewards[k : k + 30])) for k in (0, 10)]
+    kept = starts.clone()
+    found = prove.pendulum_values(Push(), starts, steps=30)
+    assert found == pytest.approx([np.mean(expected)], rel=1e-3) and torch.equal(starts, kept)
+
+
 def test_datasets_are_written_to_the_temporary_store():
     episodes = [toy_episode(np.random.default_rng(0), 5, True)]
     episodes[0].actions[:] = 0.5
@@ -132,6 +158,10 @@ def test_criteria_fail_where_the_claim_is_wrong():
     for share, right in (([1.0, 0.0], True), ([0.9, 0.0], False), ([1.0, 0.3], False)):
         both = {name: [v] * 4 for name, v in zip(("BCQ", "TD3"), share, strict=True)}
         assert holds("bcq_support", share_on_the_support=both) is right
+    for cql, right in ((1.0, True), (3.0, False)):
+        learned = {"CQL": [1.0, cql], "SAC": [9.0, 9.0]}
+        true = {"CQL": [2.0, 2.0], "SAC": [2.0, 2.0]}
+        assert holds("cql_pessimism", learned_value=learned, true_value=true) is right
     for bc, right in ((0.0, True), (0.5, False)):
         reached = {"BC": [0.0, bc], "DT": [0.0, 0.0], "IQL": [1.0, 0.9]}
         name = "share of episodes that reach the goal"
