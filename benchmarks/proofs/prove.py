@@ -264,7 +264,7 @@ def pendulum_values(run, obs: torch.Tensor, steps: int = 150) -> list:
     "mean discounted return of the policy from these states for CQL, above it for SAC (alpha 0).",
     seconds=300,
     holds=values_are_bounded,
-    axes=("", "value", "symlog", 10),
+    axes=("", "value", "linear"),
 )
 def cql_pessimism(lab) -> dict:
     """Pendulum, where any state of the data can be a start; pi(s) is the policy's mean action."""
