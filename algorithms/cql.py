@@ -691,7 +691,8 @@ def load_dataset(dataset_id: str, folder: Path) -> Dataset:
         source = minari.MinariDataset(folder)
         numbers = range(source.total_episodes)
         with np.errstate(over="ignore"):  # what float32 cannot hold is found below
-            stored = tqdm(source.storage.get_episodes(numbers), "reading", len(numbers), delay=5)
+            stored, rarely = source.storage.get_episodes(numbers), {"delay": 5, "mininterval": 5}
+            stored = tqdm(stored, "reading episodes", len(numbers), **rarely)
             episodes = [as_arrays(episode) for episode in stored]
     except Exception as error:  # each of Minari's formats has errors of its own
         fail(f"in {folder} cannot be read ({type(error).__name__} {' '.join(str(error).split())})")
