@@ -97,16 +97,18 @@ class RunConfig:
     num_seeds: int = setting(1, 1, 1024, network=True)  # seeds trained at once: seed, seed + 1, ...
     num_updates: int = setting(1_000_000, 1, 10**10)  # gradient updates of each member
     batch_size: int = setting(256, 1, 10**6)  # transitions per member and update
-    eval_every: int = setting(5_000, 1, 10**10)  # updates between evaluations
+    eval_every: int = setting(5_000, 1, 10**10)  # updates, online steps, between evaluations
     eval_episodes: int = setting(10, 0, 10_000)  # episodes per member and evaluation; 0 = none
     final_eval_episodes: int = setting(100, 0, 10_000)  # episodes per member after the last update
     eval_seed: int = setting(10_000, 0, 2**31)  # episode i starts from eval_seed + i, for any seed
-    log_every: int = setting(1_000, 1, 10**7)  # updates between log rows (means over the interval)
-    checkpoint_every: int = setting(50_000, 1, 10**10)  # updates between checkpoints
+    log_every: int = setting(1_000, 1, 10**7)  # the same between log rows (means of the interval)
+    checkpoint_every: int = setting(50_000, 1, 10**10)  # the same between checkpoints
     run_dir: str = ""  # the run's folder; "" = runs/<label>/<dataset>/<date-time>-<seeds>
     resume: bool = False  # go on from the checkpoint in run_dir
     checkpoint: str = ""  # start from (or evaluate) this run folder or checkpoint.pt
     eval_only: bool = False  # only evaluate `checkpoint`, with final_eval_episodes
+    export: str = ""  # only write the policy of `checkpoint` to this file: NAME.pt2 or NAME.onnx
+    member: int = setting(0, 0, 1023)  # whose policy: 0 is the checkpoint's first seed
     label: str = ""  # name of this variant in folders and tables; "" = the algorithm's name
     device: str = "auto"  # auto = cuda where there is one, else cpu
     compile: str = setting("auto", choices=("auto", "true", "false"))  # losses; auto = in long runs
@@ -249,6 +251,7 @@ class Agent(nn.Module):
 
     batch_fields: tuple  # what `update` reads of the data
     compiled: tuple  # names of the losses that torch.compile may compile
+    whole_episodes = False  # whether online steps are learned from once their episode has ended
 
     def table(self, data: dict, starts: Tensor) -> dict:  # noqa: ARG002
         """What batches are drawn from: columns of N rows, given the prepared transitions.
@@ -268,6 +271,10 @@ class Agent(nn.Module):
     def variant(self, step: int) -> tuple:  # noqa: ARG002
         """What else `update` is told: plain values, such as whether a delayed actor moves."""
         return ()
+
+    def export_inputs(self) -> dict:
+        """Examples of an exported policy's inputs: name -> (tensor, names of its free axes)."""
+        return {"obs": (torch.zeros(2, len(self.scaler.obs_mean)), ("N",))}
 
     def learning_rates(self, step: int) -> dict:  # noqa: ARG002
         """Scheduled learning rates: optimizer -> value."""
@@ -424,9 +431,10 @@ class BCQ(Agent):
         latents = self.eval_latents.unsqueeze(-2).expand(-1, -1, obs.shape[-2], -1)
         states, action = self.candidates(self.actor, obs, latents)
         q = self.critic(torch.cat([states, action], -1), first=True)
-        best = q.unflatten(-2, latents.shape[-3:-1]).argmax(-3, keepdim=True)
-        action = action.unflatten(-2, latents.shape[-3:-1])
-        return self.scaler.env_action(action.take_along_dim(best, -3).squeeze(-3))
+        best = q.unflatten(-2, (self.cfg.eval_candidates, -1)).argmax(-3, keepdim=True)
+        action = action.unflatten(-2, (self.cfg.eval_candidates, -1))
+        best = best.expand(-1, -1, -1, action.shape[-1])  # take_along_dim is not exported for any N
+        return self.scaler.env_action(action.gather(-3, best).squeeze(-3))
 
 
 # ---- frame: the same in every script ----
@@ -519,11 +527,11 @@ def parse_config(config_class, argv: list):
 
 
 def merge_checkpoint(values: dict, fields: dict) -> dict:
-    """Add a checkpoint's settings: all to evaluate it, those of its networks to train from it."""
+    """Add a checkpoint's settings: all of them, or its networks' to train these offline."""
     saved = read_checkpoint(values["checkpoint"])["config"]
     if saved.keys() - fields.keys():
         raise RunError(f"checkpoint {values['checkpoint']} was made by another algorithm's script")
-    if not values.get("eval_only"):
+    if not any(values.get(name) for name in ("eval_only", "export", "online_steps")):
         saved = {k: v for k, v in saved.items() if fields[k].metadata.get("network")}
     for name in saved.keys() & values.keys():
         if fields[name].metadata.get("network") and saved[name] != values[name]:
@@ -825,7 +833,8 @@ def seed_means(cfg, episodes: list) -> list:
 
 
 # >>> shared: run
-NOT_OF_THE_RUN = ("run_dir", "resume", "checkpoint", "eval_only")  # left out of its config.yaml
+# Left out of its config.yaml.
+NOT_OF_THE_RUN = ("run_dir", "resume", "checkpoint", "eval_only", "export", "member")
 MAY_CHANGE = ("download", "wandb", "wandb_project")  # on resume
 
 
@@ -934,7 +943,7 @@ class Run:
         stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-s{cfg.seed}x{cfg.num_seeds}"
         self.folder = Path(cfg.run_dir or Path("runs", *[n.strip("-.") for n in names], stamp))
         self.config = {k: v for k, v in pyrallis.encode(cfg).items() if k not in NOT_OF_THE_RUN}
-        self.step, self.seconds, self.saved, self.wandb = 0, 0.0, None, None
+        self.step, self.seconds, self.saved, self.wandb, self.online = 0, 0.0, None, None, None
         self.finished = (self.folder / "result.json").is_file()
         if (self.folder / "config.yaml").is_file():
             self.check_same(read_yaml(str(self.folder / "config.yaml")))
@@ -958,6 +967,8 @@ class Run:
         self.agent, self.environment, self.draws, self.window = agent, environment, None, {}
         data = prepare(dataset, self.cfg, agent.scaler)
         self.data = agent.table(data, torch.as_tensor(dataset.starts, device=data["obs"].device))
+        if not len(self.data["obs"]):
+            raise RunError(f"dataset {self.cfg.dataset_id} has no step that can be learned from")
         self.chunk = chunk_length(agent)
         names = ("eval_env_spec", "env_spec", "ref_min_score", "ref_max_score")
         names += ("environment_differs",)
@@ -967,7 +978,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         if self.saved:
             self.restore(self.saved)
-        if not self.saved:
+        else:
             env_id = environment.spec.id if environment else None
             source = {"fingerprint": dataset.fingerprint, "source": dataset.metadata.get("source")}
             about = {**source, "env_id": env_id, **about}
@@ -1005,8 +1016,10 @@ class Run:
         write_whole(self.folder / name, text.encode())
 
     def restore(self, saved: dict) -> None:
+        """Go on from a checkpoint, of this run or of the one that is to be fine-tuned."""
         if saved["fingerprint"] != self.facts["fingerprint"]:
-            raise RunError(f"resume: {self.cfg.dataset_id} is not what it was: start a new run")
+            problem = f"{self.cfg.dataset_id} is not the data that the checkpoint was trained on"
+            raise RunError(f"{problem}: start a new run")
         load_agent(self.agent, saved)
         for name, optimizer in optimizers_of(self.agent).items():
             optimizer.load_state_dict(saved["optimizers"][name])
@@ -1021,6 +1034,7 @@ class Run:
         self.check_finite()
         window = {k: (list(v), torch.stack(list(v.values()))) for k, v in self.window.items()}
         content = {"step": self.step, "seconds": self.seconds, "window": window}
+        content["online_steps"] = self.online.sync() if self.online else 0
         content |= {**self.facts, "config": self.config, "agent": self.agent.state_dict()}
         optimizers = optimizers_of(self.agent)
         content["optimizers"] = {name: value.state_dict() for name, value in optimizers.items()}
@@ -1044,23 +1058,44 @@ class Run:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def log(self, name: str, rows: list) -> None:
-        rows = [{"update": self.step, **row} for row in rows]
+        where = {"update": self.step}
+        if self.online:
+            where["environment_step"] = self.online.steps
+        rows = [{**where, **row} for row in rows]
         with writing(self.folder / name), open(self.folder / name, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         if self.wandb and name == "metrics.jsonl":
-            names = [key for key in rows[0] if "/" in key]
-            means = {key: sum(row[key] for row in rows) / len(rows) for key in names}
-            each = {f"{k}/seed{row['seed']}": row[k] for k in names for row in rows}
+            every = [(key, row["seed"], row[key]) for row in rows for key in row if "/" in key]
+            found = {name: [v for key, _, v in every if key == name] for name, *_ in every}
+            means = {name: sum(values) / len(values) for name, values in found.items()}
+            each = {f"{name}/seed{seed}": value for name, seed, value in every}
             self.wandb.log({**means, **each}, step=self.step)
+
+    @property
+    def over(self) -> bool:
+        return self.step >= self.cfg.num_updates and (not self.online or self.online.over)
+
+    def advance(self) -> tuple:
+        """One update, or one online step with its updates; its number, and if it ends its phase."""
+        if self.step < self.cfg.num_updates:
+            self.update()
+            return self.step, self.step == self.cfg.num_updates
+        self.online.play()
+        for _ in range(self.cfg.updates_per_step):
+            self.update()
+        return self.online.steps, self.online.over
 
     def update(self) -> None:
         """One update of all members; its metrics stay on the device."""
         (chunk, offset), agent = divmod(self.step, self.chunk), self.agent
         if offset == 0 or self.draws is None:
             data = self.data["obs"]
-            self.draws = draw(agent, self.cfg, chunk, len(data), data.device)
+            count = self.online.offline if self.online else len(data)
+            self.draws = draw(agent, self.cfg, chunk, count, data.device)
         rows, noise = self.draws
-        batch = agent.gather(self.data, rows[offset])
+        online = self.step >= self.cfg.num_updates
+        rows = self.online.rows(self.step) if online else rows[offset]
+        batch = agent.gather(self.data, rows)
         for optimizer, value in agent.learning_rates(self.step).items():
             for group in optimizer.param_groups:
                 group["lr"] = value
@@ -1086,6 +1121,7 @@ class Run:
         rows, self.window = [], {}
         for member, seed in enumerate(member_seeds(self.cfg)):
             metrics = {f"train/{name}": values[member] for name, values in means.items()}
+            metrics |= self.online.metrics(member) if self.online else {}
             rows.append({"seed": seed, **metrics, "time/updates_per_second": speed})
         self.log("metrics.jsonl", rows)
 
@@ -1117,12 +1153,100 @@ class Run:
         result["seconds"] = round(self.seconds, 1)
         result["last"] = [row for row in evaluations if row["final"]]
         result["best_oracle"] = list(best.values())
+        result["online"] = self.online.summary(evaluations) if self.online else None
         self.write("result.json", json.dumps(result, indent=1))
         if self.wandb:
             self.wandb.finish()
 
 
 # <<< shared: run
+
+
+# >>> shared: export
+class Exported(nn.Module):
+    """A solo agent's `act` without the seed axis, which has no place outside of training."""
+
+    def __init__(self, agent: nn.Module, axes: list):
+        super().__init__()
+        self.agent, self.axes = agent.requires_grad_(False), axes
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        pairs = zip(inputs, self.axes, strict=True)
+        inputs = [x.unsqueeze(0) if axes[0] == "N" else x for x, axes in pairs]
+        return self.agent.act(*inputs).squeeze(0)
+
+
+def solo_agent(agent_class, cfg, saved: dict) -> nn.Module:
+    """Member `member` of a saved population as an agent of its own."""
+    if cfg.member >= cfg.num_seeds:
+        last = cfg.num_seeds - 1
+        raise RunError(f"member: the checkpoint has {cfg.num_seeds}, the last is {last}")
+    obs, action = (saved["agent"][f"scaler.{name}"] for name in ("obs_mean", "action_center"))
+    solo = dataclasses.replace(cfg, num_seeds=1, seed=cfg.seed + cfg.member)
+    agent = agent_class(solo, Scaler(obs, obs, action, action))
+    own, state = agent.state_dict(), dict(saved["agent"])
+    for name in own.keys() & state.keys():
+        if state[name].shape != own[name].shape:  # else it has no seed axis
+            state[name] = state[name].chunk(cfg.num_seeds)[cfg.member]
+    load_agent(agent, {"agent": state})
+    return agent
+
+
+def export_policy(agent_class, cfg) -> None:
+    """`--checkpoint PATH --export FILE`: a policy that runs without this repository.
+
+    obs [N, obs_dim] -> actions [N, act_dim], both in the environment's units: statistics of the
+    observations and bounds of the actions are inside. NAME.pt2 is loaded by torch.export.load.
+    """
+    path, content = Path(cfg.export), io.BytesIO()
+    if not cfg.checkpoint:
+        raise RunError("export: name what to export: --checkpoint PATH")
+    if path.suffix not in (".pt2", ".onnx"):
+        raise RunError(f"export: {cfg.export} must end in .pt2 (torch.export) or .onnx")
+    agent = solo_agent(agent_class, cfg, read_checkpoint(cfg.checkpoint))
+    inputs = agent.export_inputs()
+    examples, axes = zip(*inputs.values(), strict=True)
+    free = {name: torch.export.Dim(name) for name in itertools.chain(*axes)}
+    shapes = (tuple({i: free[name] for i, name in enumerate(names)} for names in axes),)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of what it does itself
+        program = torch.export.export(Exported(agent, axes), examples, dynamic_shapes=shapes)
+        trim(program)
+        if path.suffix == ".pt2":
+            torch.export.save(program, content)
+        else:
+            content.write(onnx_model(program, inputs))
+    write_whole(path, content.getvalue())
+    print(f"{path}: the policy of seed {cfg.seed + cfg.member}")
+
+
+def trim(program: torch.export.ExportedProgram) -> None:
+    """Leave out the weights that only training needs, and where the scripts lie."""
+    specs = program.graph_signature.input_specs
+    for node, spec in zip(list(program.graph.nodes), list(specs), strict=False):
+        if spec.target and not node.users:
+            program.graph.erase_node(node)
+            specs.remove(spec)
+            for tensors in (program.state_dict, program.constants):
+                tensors.pop(spec.target, None)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+
+
+def onnx_model(program: torch.export.ExportedProgram, inputs: dict) -> bytes:
+    import logging  # only here: torch names the packages that it did not need
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    options = {"input_names": list(inputs), "output_names": ["next_action"], "verbose": False}
+    options["dynamic_shapes"] = [dict(enumerate(axes)) for _, axes in inputs.values()]
+    try:
+        model = torch.onnx.export(program, dynamo=True, **options).model_proto
+    except ImportError:
+        raise RunError("export: ONNX needs more packages: pip install onnx onnxscript") from None
+    return model.SerializeToString()
+
+
+# <<< shared: export
 
 
 # >>> shared: training_loop
@@ -1151,18 +1275,26 @@ def compile_losses(agent: nn.Module, cfg, device: torch.device) -> bool:
     return wanted
 
 
-def train(agent_class, cfg, select=None) -> None:
-    """A whole run. `select(dataset, cfg)` may leave out episodes of the data."""
+def train(agent_class, cfg, select=None, online=None) -> None:
+    """A whole run. `select(dataset, cfg)` may leave out episodes of the data.
+
+    With `online`, the class of that phase, and online_steps a checkpoint's run is gone on with.
+    """
     folder = locate_dataset(cfg)
     run = Run(cfg, agent_class.__name__)
     if not run.finished:
         device, dataset = choose_device(cfg.device), load_dataset(cfg.dataset_id, folder)
         dataset = select(dataset, cfg) if select else dataset
         agent = agent_class(cfg, fit_scaler(dataset, cfg)).to(device)
-        if cfg.checkpoint:
-            load_agent(agent, read_checkpoint(cfg.checkpoint))
+        pretrained = read_checkpoint(cfg.checkpoint) if cfg.checkpoint else None
+        if pretrained:
+            load_agent(agent, pretrained)
         environment = find_environment(cfg, dataset.metadata, agent.scaler)
+        if online and cfg.online_steps:
+            run.online = online(run, dataset, environment, pretrained)
         run.start(agent, dataset, environment, describe(device, compile_losses(agent, cfg, device)))
+        if run.online:
+            run.online.start()
         with stop_signals() as asked, progress(run) as bar:
             training_loop(run, asked, bar)
         run.evaluate(cfg.final_eval_episodes, final=True)
@@ -1196,27 +1328,28 @@ def progress(run: Run) -> tqdm:
     if not sys.stderr.isatty():
         plain = "{n_fmt}/{total_fmt} updates, {rate_fmt}, {remaining} left{postfix}\n"
         style = {"file": sys.stdout, "mininterval": 30, "bar_format": plain}
-    return tqdm(total=run.cfg.num_updates, initial=run.step, unit=" updates", **style)
+    total = run.cfg.num_updates + (run.online.updates if run.online else 0)
+    return tqdm(total=total, initial=run.step, unit=" updates", **style)
 
 
 def training_loop(run: Run, asked: list, bar: tqdm) -> None:
     """Update, log, evaluate, save; ends between two updates once `asked` is filled."""
     cfg = run.cfg
     mark, since = time.perf_counter(), run.step
-    while run.step < cfg.num_updates:
-        run.update()
-        bar.update()
-        last = run.step == cfg.num_updates
-        if run.step % cfg.log_every == 0 or last:
+    while not run.over:
+        before = run.step
+        number, last = run.advance()
+        bar.update(run.step - before)
+        if number % cfg.log_every == 0 or last:
             elapsed = time.perf_counter() - mark
             run.seconds += elapsed
             run.log_metrics((run.step - since) / elapsed)
             mark, since = time.perf_counter(), run.step
-        if run.step % cfg.eval_every == 0 and not last:
+        if (number % cfg.eval_every == 0 or last) and not run.over:
             began = time.perf_counter()
             bar.set_postfix_str(run.evaluate(cfg.eval_episodes), refresh=False)
             mark += time.perf_counter() - began
-        if run.step % cfg.checkpoint_every == 0 or last or asked:
+        if number % cfg.checkpoint_every == 0 or last or asked:
             run.save()
         if asked:
             mend = f"python {sys.argv[0]} --run_dir {run.folder} --resume true"
@@ -1248,14 +1381,16 @@ def evaluate_checkpoint(agent_class, cfg) -> None:
     report({**result, "environment_differs": environment.differs}, cfg.checkpoint)
 
 
-def command_line(agent_class, config_class, argv=None, select=None) -> int:
+def command_line(agent_class, config_class, argv=None, select=None, online=None) -> int:
     """Run a script with the words of the command line, or `argv`; returns the exit code."""
     try:
         cfg = parse_config(config_class, sys.argv[1:] if argv is None else argv)
-        if cfg.eval_only:
+        if cfg.export:
+            export_policy(agent_class, cfg)
+        elif cfg.eval_only:
             evaluate_checkpoint(agent_class, cfg)
         else:
-            train(agent_class, cfg, select)
+            train(agent_class, cfg, select, online)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code

@@ -21,7 +21,8 @@ takes the place of the sum, from n actions of pi(.|s).
 
 Order of one update: every loss is that of the parameters at its start (D8); steps of the policy,
 the critics and their targets, entropy_coef, alpha. Actions are drawn before the policy moves, and
-the penalty's gradient passes through Q alone.
+the penalty's gradient passes through Q alone. Online (`online_steps`) the same losses see data and
+new steps, in one buffer (CORL) or mixed by `online_share`, and the policy acts by its draws.
 
 Deviations:
     D1  Weights start from PyTorch's default U(+-1/sqrt(fan_in)), as in all scripts; the authors'
@@ -51,7 +52,8 @@ squared errors; means over both: `train/conservative_gap` G; `train/q` at the da
 `train/q_random` at uniform actions (h only; well below q once the penalty works), `train/q_policy`
 at the policy's (above q: alpha is too small; far below q: too large); `train/actor_loss`;
 `train/entropy` of the policy, which a learned `train/entropy_coef` leads to -act_dim; with lagrange
-`train/alpha` (growth without end: target_gap is out of reach).
+`train/alpha` (growth without end: target_gap is out of reach). Online also `online/return`,
+`online/length`, means of the episodes that ended since the last row.
 
     python algorithms/cql.py --config configs/cql/hopper-medium.yaml
 """
@@ -60,6 +62,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -120,16 +123,18 @@ class RunConfig:
     num_seeds: int = setting(1, 1, 1024, network=True)  # seeds trained at once: seed, seed + 1, ...
     num_updates: int = setting(1_000_000, 1, 10**10)  # gradient updates of each member
     batch_size: int = setting(256, 1, 10**6)  # transitions per member and update
-    eval_every: int = setting(5_000, 1, 10**10)  # updates between evaluations
+    eval_every: int = setting(5_000, 1, 10**10)  # updates, online steps, between evaluations
     eval_episodes: int = setting(10, 0, 10_000)  # episodes per member and evaluation; 0 = none
     final_eval_episodes: int = setting(100, 0, 10_000)  # episodes per member after the last update
     eval_seed: int = setting(10_000, 0, 2**31)  # episode i starts from eval_seed + i, for any seed
-    log_every: int = setting(1_000, 1, 10**7)  # updates between log rows (means over the interval)
-    checkpoint_every: int = setting(50_000, 1, 10**10)  # updates between checkpoints
+    log_every: int = setting(1_000, 1, 10**7)  # the same between log rows (means of the interval)
+    checkpoint_every: int = setting(50_000, 1, 10**10)  # the same between checkpoints
     run_dir: str = ""  # the run's folder; "" = runs/<label>/<dataset>/<date-time>-<seeds>
     resume: bool = False  # go on from the checkpoint in run_dir
     checkpoint: str = ""  # start from (or evaluate) this run folder or checkpoint.pt
     eval_only: bool = False  # only evaluate `checkpoint`, with final_eval_episodes
+    export: str = ""  # only write the policy of `checkpoint` to this file: NAME.pt2 or NAME.onnx
+    member: int = setting(0, 0, 1023)  # whose policy: 0 is the checkpoint's first seed
     label: str = ""  # name of this variant in folders and tables; "" = the algorithm's name
     device: str = "auto"  # auto = cuda where there is one, else cpu
     compile: str = setting("auto", choices=("auto", "true", "false"))  # losses; auto = in long runs
@@ -140,8 +145,21 @@ class RunConfig:
 # <<< shared: config
 
 
+# >>> shared: online_config
 @dataclass
-class TrainConfig(RunConfig):
+class OnlineConfig(RunConfig):
+    """What scripts have that go on in the environment after the offline updates."""
+
+    online_steps: int = setting(0, 0, 10**9)  # environment steps of each member then; 0 = none
+    updates_per_step: int = setting(1, 1, 1000)  # updates after each of these steps
+    online_share: Optional[float] = setting(None, 0, 1)  # of a batch; null = one buffer for all
+
+
+# <<< shared: online_config
+
+
+@dataclass
+class TrainConfig(OnlineConfig):
     """CQL's own settings; defaults: its authors' for locomotion, from the README of their code."""
 
     gamma: float = setting(0.99, 0, 1)  # discount
@@ -274,6 +292,7 @@ class Agent(nn.Module):
 
     batch_fields: tuple  # what `update` reads of the data
     compiled: tuple  # names of the losses that torch.compile may compile
+    whole_episodes = False  # whether online steps are learned from once their episode has ended
 
     def table(self, data: dict, starts: Tensor) -> dict:  # noqa: ARG002
         """What batches are drawn from: columns of N rows, given the prepared transitions.
@@ -293,6 +312,10 @@ class Agent(nn.Module):
     def variant(self, step: int) -> tuple:  # noqa: ARG002
         """What else `update` is told: plain values, such as whether a delayed actor moves."""
         return ()
+
+    def export_inputs(self) -> dict:
+        """Examples of an exported policy's inputs: name -> (tensor, names of its free axes)."""
+        return {"obs": (torch.zeros(2, len(self.scaler.obs_mean)), ("N",))}
 
     def learning_rates(self, step: int) -> dict:  # noqa: ARG002
         """Scheduled learning rates: optimizer -> value."""
@@ -501,6 +524,11 @@ class CQL(Agent):
         mean, _ = self.actor(self.scaler.obs(obs))
         return self.scaler.env_action(mean.tanh())
 
+    @torch.no_grad()
+    def explore(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """As `act`, but a draw from the policy; standard normal noise [S, N, act_dim]."""
+        return self.scaler.env_action(self.actor.draw(self.scaler.obs(obs), noise)[0])
+
 
 # ---- frame: the same in every script ----
 # >>> shared: command_line
@@ -592,11 +620,11 @@ def parse_config(config_class, argv: list):
 
 
 def merge_checkpoint(values: dict, fields: dict) -> dict:
-    """Add a checkpoint's settings: all to evaluate it, those of its networks to train from it."""
+    """Add a checkpoint's settings: all of them, or its networks' to train these offline."""
     saved = read_checkpoint(values["checkpoint"])["config"]
     if saved.keys() - fields.keys():
         raise RunError(f"checkpoint {values['checkpoint']} was made by another algorithm's script")
-    if not values.get("eval_only"):
+    if not any(values.get(name) for name in ("eval_only", "export", "online_steps")):
         saved = {k: v for k, v in saved.items() if fields[k].metadata.get("network")}
     for name in saved.keys() & values.keys():
         if fields[name].metadata.get("network") and saved[name] != values[name]:
@@ -898,7 +926,8 @@ def seed_means(cfg, episodes: list) -> list:
 
 
 # >>> shared: run
-NOT_OF_THE_RUN = ("run_dir", "resume", "checkpoint", "eval_only")  # left out of its config.yaml
+# Left out of its config.yaml.
+NOT_OF_THE_RUN = ("run_dir", "resume", "checkpoint", "eval_only", "export", "member")
 MAY_CHANGE = ("download", "wandb", "wandb_project")  # on resume
 
 
@@ -1007,7 +1036,7 @@ class Run:
         stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-s{cfg.seed}x{cfg.num_seeds}"
         self.folder = Path(cfg.run_dir or Path("runs", *[n.strip("-.") for n in names], stamp))
         self.config = {k: v for k, v in pyrallis.encode(cfg).items() if k not in NOT_OF_THE_RUN}
-        self.step, self.seconds, self.saved, self.wandb = 0, 0.0, None, None
+        self.step, self.seconds, self.saved, self.wandb, self.online = 0, 0.0, None, None, None
         self.finished = (self.folder / "result.json").is_file()
         if (self.folder / "config.yaml").is_file():
             self.check_same(read_yaml(str(self.folder / "config.yaml")))
@@ -1031,6 +1060,8 @@ class Run:
         self.agent, self.environment, self.draws, self.window = agent, environment, None, {}
         data = prepare(dataset, self.cfg, agent.scaler)
         self.data = agent.table(data, torch.as_tensor(dataset.starts, device=data["obs"].device))
+        if not len(self.data["obs"]):
+            raise RunError(f"dataset {self.cfg.dataset_id} has no step that can be learned from")
         self.chunk = chunk_length(agent)
         names = ("eval_env_spec", "env_spec", "ref_min_score", "ref_max_score")
         names += ("environment_differs",)
@@ -1040,7 +1071,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         if self.saved:
             self.restore(self.saved)
-        if not self.saved:
+        else:
             env_id = environment.spec.id if environment else None
             source = {"fingerprint": dataset.fingerprint, "source": dataset.metadata.get("source")}
             about = {**source, "env_id": env_id, **about}
@@ -1078,8 +1109,10 @@ class Run:
         write_whole(self.folder / name, text.encode())
 
     def restore(self, saved: dict) -> None:
+        """Go on from a checkpoint, of this run or of the one that is to be fine-tuned."""
         if saved["fingerprint"] != self.facts["fingerprint"]:
-            raise RunError(f"resume: {self.cfg.dataset_id} is not what it was: start a new run")
+            problem = f"{self.cfg.dataset_id} is not the data that the checkpoint was trained on"
+            raise RunError(f"{problem}: start a new run")
         load_agent(self.agent, saved)
         for name, optimizer in optimizers_of(self.agent).items():
             optimizer.load_state_dict(saved["optimizers"][name])
@@ -1094,6 +1127,7 @@ class Run:
         self.check_finite()
         window = {k: (list(v), torch.stack(list(v.values()))) for k, v in self.window.items()}
         content = {"step": self.step, "seconds": self.seconds, "window": window}
+        content["online_steps"] = self.online.sync() if self.online else 0
         content |= {**self.facts, "config": self.config, "agent": self.agent.state_dict()}
         optimizers = optimizers_of(self.agent)
         content["optimizers"] = {name: value.state_dict() for name, value in optimizers.items()}
@@ -1117,23 +1151,44 @@ class Run:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def log(self, name: str, rows: list) -> None:
-        rows = [{"update": self.step, **row} for row in rows]
+        where = {"update": self.step}
+        if self.online:
+            where["environment_step"] = self.online.steps
+        rows = [{**where, **row} for row in rows]
         with writing(self.folder / name), open(self.folder / name, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         if self.wandb and name == "metrics.jsonl":
-            names = [key for key in rows[0] if "/" in key]
-            means = {key: sum(row[key] for row in rows) / len(rows) for key in names}
-            each = {f"{k}/seed{row['seed']}": row[k] for k in names for row in rows}
+            every = [(key, row["seed"], row[key]) for row in rows for key in row if "/" in key]
+            found = {name: [v for key, _, v in every if key == name] for name, *_ in every}
+            means = {name: sum(values) / len(values) for name, values in found.items()}
+            each = {f"{name}/seed{seed}": value for name, seed, value in every}
             self.wandb.log({**means, **each}, step=self.step)
+
+    @property
+    def over(self) -> bool:
+        return self.step >= self.cfg.num_updates and (not self.online or self.online.over)
+
+    def advance(self) -> tuple:
+        """One update, or one online step with its updates; its number, and if it ends its phase."""
+        if self.step < self.cfg.num_updates:
+            self.update()
+            return self.step, self.step == self.cfg.num_updates
+        self.online.play()
+        for _ in range(self.cfg.updates_per_step):
+            self.update()
+        return self.online.steps, self.online.over
 
     def update(self) -> None:
         """One update of all members; its metrics stay on the device."""
         (chunk, offset), agent = divmod(self.step, self.chunk), self.agent
         if offset == 0 or self.draws is None:
             data = self.data["obs"]
-            self.draws = draw(agent, self.cfg, chunk, len(data), data.device)
+            count = self.online.offline if self.online else len(data)
+            self.draws = draw(agent, self.cfg, chunk, count, data.device)
         rows, noise = self.draws
-        batch = agent.gather(self.data, rows[offset])
+        online = self.step >= self.cfg.num_updates
+        rows = self.online.rows(self.step) if online else rows[offset]
+        batch = agent.gather(self.data, rows)
         for optimizer, value in agent.learning_rates(self.step).items():
             for group in optimizer.param_groups:
                 group["lr"] = value
@@ -1159,6 +1214,7 @@ class Run:
         rows, self.window = [], {}
         for member, seed in enumerate(member_seeds(self.cfg)):
             metrics = {f"train/{name}": values[member] for name, values in means.items()}
+            metrics |= self.online.metrics(member) if self.online else {}
             rows.append({"seed": seed, **metrics, "time/updates_per_second": speed})
         self.log("metrics.jsonl", rows)
 
@@ -1190,12 +1246,100 @@ class Run:
         result["seconds"] = round(self.seconds, 1)
         result["last"] = [row for row in evaluations if row["final"]]
         result["best_oracle"] = list(best.values())
+        result["online"] = self.online.summary(evaluations) if self.online else None
         self.write("result.json", json.dumps(result, indent=1))
         if self.wandb:
             self.wandb.finish()
 
 
 # <<< shared: run
+
+
+# >>> shared: export
+class Exported(nn.Module):
+    """A solo agent's `act` without the seed axis, which has no place outside of training."""
+
+    def __init__(self, agent: nn.Module, axes: list):
+        super().__init__()
+        self.agent, self.axes = agent.requires_grad_(False), axes
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        pairs = zip(inputs, self.axes, strict=True)
+        inputs = [x.unsqueeze(0) if axes[0] == "N" else x for x, axes in pairs]
+        return self.agent.act(*inputs).squeeze(0)
+
+
+def solo_agent(agent_class, cfg, saved: dict) -> nn.Module:
+    """Member `member` of a saved population as an agent of its own."""
+    if cfg.member >= cfg.num_seeds:
+        last = cfg.num_seeds - 1
+        raise RunError(f"member: the checkpoint has {cfg.num_seeds}, the last is {last}")
+    obs, action = (saved["agent"][f"scaler.{name}"] for name in ("obs_mean", "action_center"))
+    solo = dataclasses.replace(cfg, num_seeds=1, seed=cfg.seed + cfg.member)
+    agent = agent_class(solo, Scaler(obs, obs, action, action))
+    own, state = agent.state_dict(), dict(saved["agent"])
+    for name in own.keys() & state.keys():
+        if state[name].shape != own[name].shape:  # else it has no seed axis
+            state[name] = state[name].chunk(cfg.num_seeds)[cfg.member]
+    load_agent(agent, {"agent": state})
+    return agent
+
+
+def export_policy(agent_class, cfg) -> None:
+    """`--checkpoint PATH --export FILE`: a policy that runs without this repository.
+
+    obs [N, obs_dim] -> actions [N, act_dim], both in the environment's units: statistics of the
+    observations and bounds of the actions are inside. NAME.pt2 is loaded by torch.export.load.
+    """
+    path, content = Path(cfg.export), io.BytesIO()
+    if not cfg.checkpoint:
+        raise RunError("export: name what to export: --checkpoint PATH")
+    if path.suffix not in (".pt2", ".onnx"):
+        raise RunError(f"export: {cfg.export} must end in .pt2 (torch.export) or .onnx")
+    agent = solo_agent(agent_class, cfg, read_checkpoint(cfg.checkpoint))
+    inputs = agent.export_inputs()
+    examples, axes = zip(*inputs.values(), strict=True)
+    free = {name: torch.export.Dim(name) for name in itertools.chain(*axes)}
+    shapes = (tuple({i: free[name] for i, name in enumerate(names)} for names in axes),)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of what it does itself
+        program = torch.export.export(Exported(agent, axes), examples, dynamic_shapes=shapes)
+        trim(program)
+        if path.suffix == ".pt2":
+            torch.export.save(program, content)
+        else:
+            content.write(onnx_model(program, inputs))
+    write_whole(path, content.getvalue())
+    print(f"{path}: the policy of seed {cfg.seed + cfg.member}")
+
+
+def trim(program: torch.export.ExportedProgram) -> None:
+    """Leave out the weights that only training needs, and where the scripts lie."""
+    specs = program.graph_signature.input_specs
+    for node, spec in zip(list(program.graph.nodes), list(specs), strict=False):
+        if spec.target and not node.users:
+            program.graph.erase_node(node)
+            specs.remove(spec)
+            for tensors in (program.state_dict, program.constants):
+                tensors.pop(spec.target, None)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+
+
+def onnx_model(program: torch.export.ExportedProgram, inputs: dict) -> bytes:
+    import logging  # only here: torch names the packages that it did not need
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    options = {"input_names": list(inputs), "output_names": ["next_action"], "verbose": False}
+    options["dynamic_shapes"] = [dict(enumerate(axes)) for _, axes in inputs.values()]
+    try:
+        model = torch.onnx.export(program, dynamo=True, **options).model_proto
+    except ImportError:
+        raise RunError("export: ONNX needs more packages: pip install onnx onnxscript") from None
+    return model.SerializeToString()
+
+
+# <<< shared: export
 
 
 # >>> shared: training_loop
@@ -1224,18 +1368,26 @@ def compile_losses(agent: nn.Module, cfg, device: torch.device) -> bool:
     return wanted
 
 
-def train(agent_class, cfg, select=None) -> None:
-    """A whole run. `select(dataset, cfg)` may leave out episodes of the data."""
+def train(agent_class, cfg, select=None, online=None) -> None:
+    """A whole run. `select(dataset, cfg)` may leave out episodes of the data.
+
+    With `online`, the class of that phase, and online_steps a checkpoint's run is gone on with.
+    """
     folder = locate_dataset(cfg)
     run = Run(cfg, agent_class.__name__)
     if not run.finished:
         device, dataset = choose_device(cfg.device), load_dataset(cfg.dataset_id, folder)
         dataset = select(dataset, cfg) if select else dataset
         agent = agent_class(cfg, fit_scaler(dataset, cfg)).to(device)
-        if cfg.checkpoint:
-            load_agent(agent, read_checkpoint(cfg.checkpoint))
+        pretrained = read_checkpoint(cfg.checkpoint) if cfg.checkpoint else None
+        if pretrained:
+            load_agent(agent, pretrained)
         environment = find_environment(cfg, dataset.metadata, agent.scaler)
+        if online and cfg.online_steps:
+            run.online = online(run, dataset, environment, pretrained)
         run.start(agent, dataset, environment, describe(device, compile_losses(agent, cfg, device)))
+        if run.online:
+            run.online.start()
         with stop_signals() as asked, progress(run) as bar:
             training_loop(run, asked, bar)
         run.evaluate(cfg.final_eval_episodes, final=True)
@@ -1269,27 +1421,28 @@ def progress(run: Run) -> tqdm:
     if not sys.stderr.isatty():
         plain = "{n_fmt}/{total_fmt} updates, {rate_fmt}, {remaining} left{postfix}\n"
         style = {"file": sys.stdout, "mininterval": 30, "bar_format": plain}
-    return tqdm(total=run.cfg.num_updates, initial=run.step, unit=" updates", **style)
+    total = run.cfg.num_updates + (run.online.updates if run.online else 0)
+    return tqdm(total=total, initial=run.step, unit=" updates", **style)
 
 
 def training_loop(run: Run, asked: list, bar: tqdm) -> None:
     """Update, log, evaluate, save; ends between two updates once `asked` is filled."""
     cfg = run.cfg
     mark, since = time.perf_counter(), run.step
-    while run.step < cfg.num_updates:
-        run.update()
-        bar.update()
-        last = run.step == cfg.num_updates
-        if run.step % cfg.log_every == 0 or last:
+    while not run.over:
+        before = run.step
+        number, last = run.advance()
+        bar.update(run.step - before)
+        if number % cfg.log_every == 0 or last:
             elapsed = time.perf_counter() - mark
             run.seconds += elapsed
             run.log_metrics((run.step - since) / elapsed)
             mark, since = time.perf_counter(), run.step
-        if run.step % cfg.eval_every == 0 and not last:
+        if (number % cfg.eval_every == 0 or last) and not run.over:
             began = time.perf_counter()
             bar.set_postfix_str(run.evaluate(cfg.eval_episodes), refresh=False)
             mark += time.perf_counter() - began
-        if run.step % cfg.checkpoint_every == 0 or last or asked:
+        if number % cfg.checkpoint_every == 0 or last or asked:
             run.save()
         if asked:
             mend = f"python {sys.argv[0]} --run_dir {run.folder} --resume true"
@@ -1321,14 +1474,16 @@ def evaluate_checkpoint(agent_class, cfg) -> None:
     report({**result, "environment_differs": environment.differs}, cfg.checkpoint)
 
 
-def command_line(agent_class, config_class, argv=None, select=None) -> int:
+def command_line(agent_class, config_class, argv=None, select=None, online=None) -> int:
     """Run a script with the words of the command line, or `argv`; returns the exit code."""
     try:
         cfg = parse_config(config_class, sys.argv[1:] if argv is None else argv)
-        if cfg.eval_only:
+        if cfg.export:
+            export_policy(agent_class, cfg)
+        elif cfg.eval_only:
             evaluate_checkpoint(agent_class, cfg)
         else:
-            train(agent_class, cfg, select)
+            train(agent_class, cfg, select, online)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
@@ -1345,8 +1500,256 @@ def command_line(agent_class, config_class, argv=None, select=None) -> int:
 # <<< shared: training_loop
 
 
+# >>> shared: online
+class Online:
+    """The online phase: every member plays an environment of its own and fills its own buffer.
+
+    Buffers are rows of the run's table: that of member m begins at row N + m * online_steps, after
+    the N rows of the data. `online.bin`, beside the checkpoint, holds every step as the environment
+    gave it: records [steps, S] of `dtype`. A resume reads it back. Episode k of a member starts
+    from a seed of its own; one that was cut off is played again with the same actions.
+    """
+
+    def __init__(self, run: Run, dataset: Dataset, environment, pretrained: Optional[dict]):
+        """Only checks; `pretrained` is a checkpoint of the run that is to be gone on with."""
+        cfg, self.pretrained = run.cfg, None if run.saved else pretrained
+        if not environment:
+            raise RunError("online_steps: there is nothing to play: set env_id")
+        if self.pretrained and pretrained["fingerprint"] != dataset.fingerprint:
+            raise RunError(
+                f"checkpoint: it was not trained on {cfg.dataset_id}: leave dataset_id out"
+            )
+        if self.pretrained and pretrained["step"] > cfg.num_updates:
+            where = f"it stands at update {pretrained['step']}, past num_updates {cfg.num_updates}"
+            raise RunError(f"checkpoint: {where}: resume its own run, or take an earlier one")
+        self.run, self.cfg = run, cfg
+        self.dataset = dataclasses.replace(dataset, transitions={})  # for its reward transform
+        self.envs = dataclasses.replace(environment, copies=[]).get(cfg.num_seeds)
+        self.running = [[] for _ in self.envs]  # the steps of the episodes that have not ended
+        self.episodes = [[] for _ in self.envs]  # (step at its end, return, length) of the others
+        self.drawn, self.updates = {}, cfg.online_steps * cfg.updates_per_step
+        obs_dim, self.act_dim = dataset.transitions["obs"].shape[1], len(dataset.action_bounds[0])
+        columns = [("obs", "<f4", obs_dim), ("action", "<f4", self.act_dim), ("reward", "<f8")]
+        columns += [("next_obs", "<f4", obs_dim), ("terminated", "?"), ("truncated", "?")]
+        self.dtype, self.path, self.unsaved = np.dtype(columns), run.folder / "online.bin", []
+        self.steps = run.saved["online_steps"] if run.saved else 0
+        size = self.path.stat().st_size if self.path.is_file() else 0
+        if size < self.steps * len(self.envs) * self.dtype.itemsize:
+            raise RunError(f"{self.path} is not whole, the checkpoint cannot be gone on with")
+
+    @property
+    def over(self) -> bool:
+        return self.steps == self.cfg.online_steps
+
+    def start(self) -> None:
+        """Make room in the table; read back what a run that is resumed has stored."""
+        run, cfg = self.run, self.cfg
+        self.agent, self.device = run.agent, run.data["obs"].device
+        self.offline, room = len(run.data["obs"]), cfg.num_seeds * cfg.online_steps
+        members = torch.arange(cfg.num_seeds, device=self.device).unsqueeze(-1)
+        self.first, self.filled = self.offline + members * cfg.online_steps, 0 * members
+        for name, values in run.data.items():
+            run.data[name] = torch.cat([values, values.new_zeros(room, *values.shape[1:])])
+        self.obs = np.zeros((cfg.num_seeds, *self.dtype["obs"].shape), "f4")
+        if self.pretrained:
+            run.restore(self.pretrained)
+            run.save()  # so that a resume does not begin without it
+        before = [row for row in run.rows("metrics.jsonl") if row["update"] == run.step]
+        if run.step == cfg.num_updates and not any("final" in row for row in before):
+            run.evaluate(cfg.eval_episodes)
+        if self.path.is_file():  # a crash leaves steps after the checkpoint
+            with writing(self.path):
+                os.truncate(self.path, self.steps * cfg.num_seeds * self.dtype.itemsize)
+        if self.steps:
+            self.restore(np.fromfile(self.path, self.dtype).reshape(-1, cfg.num_seeds))
+
+    def restore(self, stored: np.ndarray) -> None:
+        """Fill the buffers with stored steps and bring the environments to where they were."""
+        if not self.agent.whole_episodes:
+            self.add(slice(None), stored.T)
+        for member in range(len(self.envs)):
+            own = stored[:, member].copy()
+            ends = np.flatnonzero(own["terminated"] | own["truncated"]) + 1
+            *ended, running = np.split(own, ends)
+            for end, episode in zip(ends, ended, strict=True):
+                self.end_episode(member, episode, int(end))
+            if not len(running):
+                continue
+            again = running.copy()
+            with self.watching(member):
+                self.reset(member)
+                for step in again:
+                    self.step(member, step)
+                    if step["terminated"] or step["truncated"]:
+                        break
+            if again.tobytes() == running.tobytes():
+                self.running[member], self.obs[member] = list(running), running["next_obs"][-1]
+            else:
+                self.give_up(member, running)
+
+    def give_up(self, member: int, running: np.ndarray) -> None:
+        """End an episode that an environment does not repeat, here and in the file."""
+        seed = member_seeds(self.cfg)[member]
+        print(
+            f"seed {seed}: its environment does not repeat, a new episode begins", file=sys.stderr
+        )
+        running["truncated"][-1] = True
+        with writing(self.path), open(self.path, "r+b") as file:
+            file.seek(((self.steps - 1) * len(self.envs) + member) * self.dtype.itemsize)
+            file.write(running[-1:].tobytes())
+        self.end_episode(member, running, self.steps)
+
+    def sync(self) -> int:
+        """Bring the new steps to the disk; how many a checkpoint may count on."""
+        with writing(self.path), open(self.path, "ab") as file:
+            file.write(b"".join(self.unsaved))
+            file.flush()
+            os.fsync(file.fileno())
+        self.unsaved = []
+        return self.steps
+
+    def reset(self, member: int) -> None:
+        number = len(self.episodes[member])
+        seed = generator(member_seeds(self.cfg)[member], "episode", number).initial_seed()
+        self.obs[member] = self.finite(self.envs[member].reset(seed=seed)[0])
+
+    def step(self, member: int, step: np.void) -> None:
+        """Play the action of a record and fill in what comes of it."""
+        env = self.envs[member]
+        action = step["action"].astype(env.action_space.dtype)
+        obs, reward, step["terminated"], step["truncated"], _ = env.step(action)
+        step["reward"], step["next_obs"] = float(reward), self.finite(obs, float(reward))
+
+    @staticmethod
+    def finite(obs, reward: float = 0) -> np.ndarray:
+        obs = flatten_obs(obs)
+        if not np.isfinite([reward, *obs]).all():
+            raise ValueError("an observation or reward is not finite")
+        return obs
+
+    @contextlib.contextmanager
+    def watching(self, member: int):
+        """An environment that fails ends the run, which keeps all that was before."""
+        try:
+            yield
+        except Exception as error:  # an environment may raise anything
+            self.run.save()
+            reason = " ".join(str(error).split()) or type(error).__name__
+            where = f"seed {member_seeds(self.cfg)[member]} at online step {self.steps + 1}"
+            mend = f"{self.run.folder} keeps all before it; mend it and add --resume true"
+            raise RunError(f"the environment fails for {where} ({reason}): {mend}", 1) from None
+
+    def play(self) -> None:
+        """One step of every member's environment."""
+        steps = np.zeros(len(self.envs), self.dtype)
+        for member in range(len(self.envs)):
+            if not self.running[member]:
+                with self.watching(member):
+                    self.reset(member)
+        steps["obs"], steps["action"] = self.obs, self.actions()
+        for member, step in enumerate(steps):
+            with self.watching(member):
+                self.step(member, step)
+        self.keep(steps)
+
+    def random(self, stream: str, number: int, length: int, sampler) -> Tensor:
+        """Entry `number` of each member's stream of random numbers, drawn `length` at a time."""
+        chunk, offset = divmod(number, length)
+        if self.drawn.get(stream, (None,))[0] != chunk:
+            seeds, device = member_seeds(self.cfg), self.device
+            each = [sampler(generator=generator(s, stream, chunk, device)) for s in seeds]
+            self.drawn[stream] = chunk, torch.stack(each, 1)
+        return self.drawn[stream][1][offset]
+
+    def actions(self) -> np.ndarray:
+        """The members' actions [S, act_dim]."""
+        sampler = functools.partial(torch.randn, 1024, 1, self.act_dim, device=self.device)
+        noise = self.random("explore", self.steps, 1024, sampler)
+        obs = torch.as_tensor(self.obs, device=self.device).unsqueeze(1)
+        return self.agent.explore(obs, noise).squeeze(1).cpu().numpy()
+
+    def keep(self, steps: np.ndarray) -> None:
+        """Note a step of every member [S], and enter what can be learned from."""
+        self.unsaved.append(steps.tobytes())
+        self.steps, self.obs = self.steps + 1, steps["next_obs"].copy()
+        if not self.agent.whole_episodes:
+            self.add(slice(None), steps[:, None])
+        for member, step in enumerate(steps):
+            self.running[member].append(step)
+            if step["terminated"] or step["truncated"]:
+                self.end_episode(member, np.array(self.running[member]), self.steps)
+                self.running[member] = []
+
+    def end_episode(self, member: int, episode: np.ndarray, step: int) -> None:
+        self.episodes[member].append((step, float(episode["reward"].sum()), len(episode)))
+        if self.agent.whole_episodes:
+            self.add([member], episode[None])
+
+    def add(self, members, steps: np.ndarray) -> None:
+        """Enter steps [M, T] of M members into their buffers, T of one episode each."""
+        names = ("obs", "action", "reward", "next_obs", "terminated")
+        flat = steps.reshape(-1)
+        transitions = {name: flat[name].astype("f4") for name in names}
+        dataset = dataclasses.replace(self.dataset, transitions=transitions)
+        data = prepare(dataset, self.cfg, self.agent.scaler)
+        count, length = steps.shape
+        starts = torch.arange(0, count * length + 1, length, device=self.device)
+        new = self.agent.table(data, starts)
+        each = len(new["obs"]) // count
+        at = self.first[members] + self.filled[members] + torch.arange(each, device=self.device)
+        for name, values in new.items():
+            self.run.data[name][at.flatten()] = values
+        self.filled[members] += each
+
+    def rows(self, step: int) -> Tensor:
+        """The rows of the table that an update reads [S, B]."""
+        cfg, size = self.cfg, (32, self.cfg.batch_size)
+        sampler = functools.partial(torch.randint, 2**62, size, device=self.device)
+        numbers = self.random("online", step, 32, sampler)
+        if cfg.online_share is None:
+            rows = numbers % (self.offline + self.filled)
+        else:
+            online = torch.arange(cfg.batch_size, device=self.device)
+            online = (online < round(cfg.online_share * cfg.batch_size)) & (self.filled > 0)
+            new = self.offline + numbers % self.filled.clamp(min=1)
+            rows = torch.where(online, new, numbers % self.offline)
+        return rows + (rows >= self.offline) * (self.first - self.offline)
+
+    def metrics(self, member: int) -> dict:
+        """Mean return and length of the episodes that ended since the last log row, if any did."""
+        since = (self.steps - 1) // self.cfg.log_every * self.cfg.log_every
+        recent = [episode for episode in self.episodes[member] if episode[0] > since]
+        names = ("online/return", "online/length") if recent else ()
+        return {name: sum(e[i] for e in recent) / len(recent) for i, name in enumerate(names, 1)}
+
+    def summary(self, evaluations: list) -> dict:
+        """What result.json says of the phase, in scores (or returns, without references).
+
+        For each seed: `switch`, the evaluation before the first step; `drop`, how far the worst one
+        of the first 10,000 steps lies below it (0: none does); `regret`, the mean of 1 - score/100
+        over all evaluations after the switch.
+        """
+        rows = []
+        for seed in member_seeds(self.cfg):
+            own = [row for row in evaluations if row["seed"] == seed]
+            unit = "eval/score" if own and "eval/score" in own[0] else "eval/return"
+            switch = [row[unit] for row in own if row["update"] == self.cfg.num_updates]
+            later = [row for row in own if row["update"] > self.cfg.num_updates]
+            early = [row[unit] for row in later if row["environment_step"] <= 10_000]
+            drop = max(0, switch[-1] - min(early)) if switch and early else None
+            regrets = [1 - row[unit] / 100 for row in later if unit == "eval/score"]
+            regret = sum(regrets) / len(regrets) if regrets else None
+            row = {"seed": seed, "switch": switch[-1] if switch else None, "drop": drop}
+            rows.append({**row, "regret": regret})
+        names = ("online_steps", "updates_per_step", "online_share")
+        return {**{name: getattr(self.cfg, name) for name in names}, "seeds": rows}
+
+
+# <<< shared: online
+
+
 def main(argv=None) -> int:
-    return command_line(CQL, TrainConfig, argv)
+    return command_line(CQL, TrainConfig, argv, online=Online)
 
 
 if __name__ == "__main__":

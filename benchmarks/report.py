@@ -4,8 +4,11 @@
     python benchmarks/report.py benchmarks/results --readme README.md     # fills the table there
 
 The table holds the last policies, mean and standard deviation (ddof 0) over seeds of the final
-evaluation; the best evaluation of each seed during training takes an oracle and stands apart. Lines
-in the picture are means over seeds, bands reach from the worst to the best seed.
+evaluation; the best evaluation of each seed during training takes an oracle and stands apart. Runs
+that went on online have a second table: `drop` is the score at the switch minus the worst of the
+first 10,000 online steps, `regret` the mean of 1 - score/100 over all online evaluations. Lines in
+the picture are means over seeds, bands reach from the worst to the best seed; a dashed line marks
+the switch.
 """
 
 import argparse
@@ -27,7 +30,12 @@ COLORS = (
     "#66CCEE",
     "#AA3377",
     "#BBBBBB",
-)  # Tol, bright
+    "#EE7733",
+    "#882255",
+    "#44AA99",
+    "#000000",
+)  # Tol, bright, and some more
+NAMES = {"TD3BC": "TD3+BC", "CalQL": "Cal-QL"}  # of classes that cannot be called as their papers
 DIFFERS = "environment_differs"  # set where D4RL's own environment was not to be had
 BEGIN, END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
 
@@ -37,10 +45,11 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def read_runs(root: Path) -> dict:
-    """{dataset: {(label, updates): group}} of the finished runs below `root`.
+    """{dataset: {(label, updates, online steps): group}} of the finished runs below `root`.
 
     A group joins runs that differ in their seeds: "last" and "best" hold a value for each seed,
-    "curve" one for each update and seed. Of a seed that was run twice the later folder counts.
+    "curve" one for each update and seed, "online" what result.json says of that phase. Of a seed
+    that was run twice the later folder counts.
     """
     groups = {}
     for path in sorted(root.rglob("result.json")):
@@ -49,14 +58,16 @@ def read_runs(root: Path) -> dict:
             continue  # trained without an environment
         unit = "eval/score" if "eval/score" in result["last"][0] else "eval/return"
         rows = groups.setdefault(result["dataset_id"], {})
-        new = {"last": {}, "best": {}, "curve": {}, "result": result, "unit": unit}
-        group = rows.setdefault((result["label"], result["num_updates"]), new)
+        new = {"last": {}, "best": {}, "curve": {}, "online": {}, "result": result, "unit": unit}
+        label, online = NAMES.get(result["label"], result["label"]), result.get("online") or {}
+        group = rows.setdefault((label, result["num_updates"], online.get("online_steps", 0)), new)
         again = group["last"].keys() & {row["seed"] for row in result["last"]}
         if again:
             print(f"{path.parent} replaces earlier runs of seeds {sorted(again)}", file=sys.stderr)
         group["result"] = result
         group["last"] |= {row["seed"]: row[unit] for row in result["last"]}
         group["best"] |= {row["seed"]: row[unit] for row in result["best_oracle"]}
+        group["online"] |= {row["seed"]: row for row in online.get("seeds", [])}
         for row in read_rows(path.with_name("metrics.jsonl")):
             if unit in row:
                 group["curve"].setdefault(row["update"], {})[row["seed"]] = row[unit]
@@ -68,19 +79,23 @@ def spread(values) -> str:
     return f"{np.mean(values):.1f} ± {np.std(values):.1f}"
 
 
+def length(updates: int, online_steps: int) -> str:
+    return f"{updates:,}" + (f" + {online_steps:,} online" if online_steps else "")
+
+
 def table(groups: dict) -> str:
-    """Markdown, a row for each label, dataset and length."""
+    """Markdown, a row for each label, dataset and length; another table for what was online."""
     lines = [
         "| data | algorithm | updates | seeds | score, last | best (oracle) | episodes | commit |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for dataset, rows in sorted(groups.items()):
-        for (label, updates), group in sorted(rows.items(), key=order):
+        for (label, *steps), group in sorted(rows.items(), key=order):
             differs = " (environment differs)" if group["result"].get(DIFFERS) else ""
             cells = (
                 dataset,
                 label if group["unit"] == "eval/score" else f"{label} (return)",
-                f"{updates:,}",
+                length(*steps),
                 len(group["last"]),
                 spread(group["last"].values()) + differs,
                 spread(group["best"].values()),
@@ -88,7 +103,27 @@ def table(groups: dict) -> str:
                 (group["result"]["commit"] or "unknown")[:8],
             )
             lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + online_table(groups)
+
+
+def online_table(groups: dict) -> str:
+    """What went on online: scores at the switch and after it."""
+    lines = [
+        "\n| data | algorithm | updates | at the switch | drop | last | regret |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for dataset, rows in sorted(groups.items()):
+        for (label, *steps), group in sorted(rows.items(), key=order):
+            seeds = group["online"].values()
+            if not seeds:
+                continue
+            parts = {name: [seed[name] for seed in seeds] for name in ("switch", "drop", "regret")}
+            known = {name: spread(v) if None not in v else "" for name, v in parts.items()}
+            regret = f"{np.mean(parts['regret']):.2f}" if known["regret"] else ""
+            last = spread(group["last"].values())
+            cells = (dataset, label, length(*steps), known["switch"], known["drop"], last, regret)
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
 
 def order(item) -> tuple:
@@ -97,13 +132,19 @@ def order(item) -> tuple:
 
 
 def picture(groups: dict, path: Path) -> None:
-    """Learning curves, a panel for each dataset."""
-    labels = sorted({label for rows in groups.values() for label, _ in rows})
+    """Learning curves, a panel for each dataset; runs that went on online have their own."""
+    labels = sorted({label for rows in groups.values() for label, *_ in rows})
     colors = {label: COLORS[i % len(COLORS)] for i, label in enumerate(labels)}
-    size = (5.2 * len(groups), 3.8)
-    figure, axes = plt.subplots(1, len(groups), figsize=size, squeeze=False, layout="constrained")
-    for axis, (dataset, rows) in zip(axes[0], sorted(groups.items()), strict=True):
-        for (label, _), group in sorted(rows.items(), key=order):
+    panels = {}
+    for dataset, rows in sorted(groups.items()):
+        for key, group in sorted(rows.items(), key=order):
+            panels.setdefault((dataset, bool(key[-1])), {})[key] = group
+    size = (5.2 * len(panels), 3.8)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    for axis, ((dataset, online), rows) in zip(axes[0], panels.items(), strict=True):
+        for (label, offline, _), group in rows.items():
+            if online:
+                axis.axvline(offline, color=colors[label], linestyle="--", linewidth=1)
             updates = sorted(group["curve"])
             values = [list(group["curve"][u].values()) for u in updates]
             low, high = [min(v) for v in values], [max(v) for v in values]
@@ -112,7 +153,8 @@ def picture(groups: dict, path: Path) -> None:
             axis.plot(updates, means, color=colors[label], label=name, marker=".")
             axis.fill_between(updates, low, high, color=colors[label], alpha=0.2, linewidth=0)
         unit = next(iter(rows.values()))["unit"].removeprefix("eval/")
-        axis.set(title=dataset, xlabel="gradient updates", ylabel=f"evaluation {unit}")
+        xlabel = "gradient updates" + (", online behind the dashed line" if online else "")
+        axis.set(title=dataset, xlabel=xlabel, ylabel=f"evaluation {unit}")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
     figure.savefig(path, dpi=150)

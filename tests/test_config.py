@@ -244,7 +244,7 @@ def test_the_config_of_a_run_runs_again_as_it_is(script):
     assert script.main(words(label="again", env_kwargs="{g: 9.0}", num_seeds=2)) == 0
     saved = yaml.safe_load(Path("run/config.yaml").read_text())
     names = {spec.name for spec in dataclasses.fields(script.TrainConfig)}
-    assert saved.keys() == names - {"run_dir", "resume", "checkpoint", "eval_only"}
+    assert saved.keys() == names - set(script.NOT_OF_THE_RUN)
     assert script.main(["--config", "run/config.yaml", "--run_dir", "again"]) == 0
     for name in ("config.yaml", "episodes.jsonl"):
         assert Path("again", name).read_bytes() == Path("run", name).read_bytes()

@@ -26,7 +26,7 @@ SEEDS = 3
 THOROUGH = {"actor_dropout": 0.3, "normalize_obs": "true", "tau": 0.1}
 # Phases that a short run reaches, a learned multiplier, a small network beside hidden_dim's.
 THOROUGH |= {"behavior_updates": 1, "warm_start": 2, "learn_alpha": "true", "vae_hidden_dim": 16}
-METRIC = re.compile(r"(train|eval|time)/[a-z0-9_]+")
+METRIC = re.compile(r"(train|eval|time|online)/[a-z0-9_]+")
 
 
 def agent_of(script) -> type:

@@ -36,10 +36,54 @@ def test_scores_of_another_environment_say_so(tmp_path):
     assert "| 20.0 ± 10.0 (environment differs) |" in report.table(report.read_runs(tmp_path))
 
 
+def fake_online_run(folder, **changes):
+    """50 at the switch (update 10), then 20 and 80 at 15 and 20."""
+    seeds = [{"seed": s, "switch": 50.0, "drop": 30.0, "regret": 0.5} for s in (0, 1)]
+    online = {"online_steps": 10, "updates_per_step": 1, "online_share": None, "seeds": seeds}
+    fake_run(folder, online=online, label="CalQL", **changes)
+    scores = {10: 50.0, 15: 20.0, 20: 80.0}
+    rows = [{"update": u, "seed": s, "eval/score": v} for u, v in scores.items() for s in (0, 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_online_runs_stand_apart_from_offline_ones(tmp_path):
+    fake_run(tmp_path / "a", label="CalQL")
+    fake_online_run(tmp_path / "b", scores=(70.0, 90.0))
+    groups = report.read_runs(tmp_path)
+    first, second = report.table(groups).split("\n\n")
+    assert "| Cal-QL | 10 | 2 | 20.0 ± 10.0 |" in first
+    assert "| Cal-QL | 10 + 10 online | 2 | 80.0 ± 10.0 |" in first
+    cells = "Cal-QL | 10 + 10 online | 50.0 ± 0.0 | 30.0 ± 0.0 | 80.0 ± 10.0 | 0.50"
+    assert second.splitlines()[2:] == [f"| toy/data-v0 | {cells} |"]
+
+
+def test_the_picture_marks_the_switch(tmp_path, monkeypatch):
+    fake_run(tmp_path / "a")
+    fake_online_run(tmp_path / "b")
+    marks, old = [], report.plt.Axes.axvline
+    monkeypatch.setattr(
+        report.plt.Axes, "axvline", lambda axis, x, **k: marks.append(x) or old(axis, x, **k)
+    )
+    report.picture(report.read_runs(tmp_path), tmp_path / "p.png")
+    assert marks == [10]
+
+
+def test_online_runs_without_scores_have_no_regret(tmp_path):
+    fake_online_run(tmp_path / "b")
+    path = tmp_path / "b" / "result.json"
+    result = json.loads(path.read_text())
+    for row in result["online"]["seeds"]:
+        row |= {"regret": None, "switch": None, "drop": None}
+    path.write_text(json.dumps(result))
+    assert "| Cal-QL | 10 + 10 online |  |  | 20.0 ± 10.0 |  |" in report.table(
+        report.read_runs(tmp_path)
+    )
+
+
 def test_runs_of_other_seeds_join_and_a_repeated_seed_counts_once(tmp_path, capsys):
     fake_run(tmp_path / "20260101-000000", seeds=(0, 1), scores=(10.0, 30.0))
     fake_run(tmp_path / "20260102-000000", seeds=(1, 2), scores=(50.0, 90.0))
-    group = report.read_runs(tmp_path)["toy/data-v0"][("IQL", 10)]
+    group = report.read_runs(tmp_path)["toy/data-v0"][("IQL", 10, 0)]
     assert group["last"] == {0: 10.0, 1: 50.0, 2: 90.0}
     assert group["curve"][10] == {0: 10.0, 1: 50.0, 2: 90.0}
     assert "replaces earlier runs of seeds [1]" in capsys.readouterr().err

@@ -1,4 +1,7 @@
-"""configs/<algorithm>/<task>.yaml: the task is the table's, the values are the published ones."""
+"""configs/<algorithm>/<task>.yaml: the task is the table's, the values are the published ones.
+
+<task>-online.yaml goes on online after the offline updates, as does all that cal_ql has.
+"""
 
 import csv
 import functools
@@ -8,13 +11,17 @@ import pytest
 import yaml
 from conftest import REPOSITORY, load_script
 
-FILES = {}  # of whatever folder there is
+FILES = {}  # of whatever folder there is; what goes on online is a folder of its own: iql-online
 for path in sorted((REPOSITORY / "configs").glob("*/*.yaml")):
-    FILES.setdefault(path.parent.name, []).append(path)
+    online = "-online" if path.stem.endswith("-online") else ""
+    FILES.setdefault(path.parent.name + online, []).append(path)
 # folders with a file for every task
 COMPLETE = ["awac", "bc", "bc_10", "bcq", "brac", "cql", "dt", "iql", "rebrac", "td3_bc"]
+ONLINE = ["awac-online", "cal_ql", "cql-online", "iql-online", "rebrac-online"]
+MAZES = ["umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse"]
+HANDS = ["door", "hammer", "pen", "relocate"]
 SCRIPT = {"bc_10": "bc"}  # where a folder is not named as its script
-TASK_FIELDS = {"dataset_id", "download", "fallback_dataset_id", "env_id"}
+TASK_FIELDS = {"dataset_id", "download", "fallback_dataset_id", "env_id", "env_kwargs"}
 TASK_FIELDS |= {"ref_min_score", "ref_max_score"}
 
 with (REPOSITORY / "datasets" / "tasks.csv").open(newline="") as file:
@@ -23,14 +30,18 @@ with (REPOSITORY / "datasets" / "tasks.csv").open(newline="") as file:
 every_folder = pytest.mark.parametrize("folder", FILES)
 
 
-def config_class(folder):
-    return load_script(SCRIPT.get(folder, folder)).TrainConfig
+def task_of(path) -> str:
+    return path.stem.removesuffix("-online")
+
+
+def script_of(path):
+    return load_script(SCRIPT.get(path.parent.name, path.parent.name))
 
 
 @functools.cache
 def read(path):
     """The config as its script reads it, and the fields that the file itself sets."""
-    script = load_script(SCRIPT.get(path.parent.name, path.parent.name))
+    script = script_of(path)
     config = script.parse_config(script.TrainConfig, ["--config", str(path)])
     return config, yaml.safe_load(path.read_text(encoding="utf-8"))
 
@@ -56,16 +67,42 @@ def test_every_task_has_a_file(folder):
     assert {path.stem for path in FILES[folder]} == TASKS.keys()
 
 
+@pytest.mark.parametrize("folder", ONLINE)
+def test_the_fine_tuned_tasks_have_a_file(folder):
+    tasks = {f"antmaze-{maze}" for maze in MAZES} | {f"{hand}-cloned" for hand in HANDS}
+    assert {task_of(path) for path in FILES[folder]} == tasks
+    assert {path.parent.name for path in FILES[folder]} == {folder.removesuffix("-online")}
+
+
+def test_only_these_go_online():
+    goes = {
+        folder
+        for folder, paths in FILES.items()
+        if any(getattr(read(path)[0], "online_steps", 0) for path in paths)
+    }
+    assert goes == set(ONLINE)
+
+
+@pytest.mark.parametrize("folder", ONLINE)
+def test_both_phases_have_the_offline_configs_task(folder):
+    offline = folder.removesuffix("-online").replace("cal_ql", "cql")
+    for path in FILES[folder]:
+        pair = read(path), read(path.parents[1] / offline / f"{task_of(path)}.yaml")
+        for name in TASK_FIELDS | {"success_reward"}:
+            config, other = ((getattr(config, name), name in given) for config, given in pair)
+            assert config == other, (path, name)
+
+
 @every_folder
 def test_every_file_is_of_a_task(folder):
     names = {path.name for path in FILES[folder][0].parent.iterdir()}
-    assert names <= {f"{task}.yaml" for task in TASKS}
+    assert names <= {f"{task}{online}.yaml" for task in TASKS for online in ("", "-online")}
 
 
 @every_folder
 def test_data_and_references_are_the_tables(folder):
     for path in FILES[folder]:
-        config, task = read(path)[0], TASKS[path.stem]
+        config, task = read(path)[0], TASKS[task_of(path)]
         assert config.dataset_id == task["minari_id"], path
         assert not config.download, path  # the hub's re-created sets share such names
         assert config.ref_min_score == float(task["ref_min_score"]), path
@@ -76,7 +113,7 @@ def test_data_and_references_are_the_tables(folder):
 def test_environment(folder):
     """By name for locomotion, stored with the data for the others; none takes kitchen's data."""
     for path in FILES[folder]:
-        task = TASKS[path.stem]
+        task = TASKS[task_of(path)]
         names = {"locomotion": task["eval_env"], "kitchen": "none"}
         assert read(path)[0].env_id == names.get(task["suite"], "auto"), path
 
@@ -84,23 +121,22 @@ def test_environment(folder):
 @every_folder
 def test_a_fallback_is_the_same_robots_data_of_that_kind(folder):
     for path in FILES[folder]:
-        bundled = f"datasets/{path.stem.replace('-', '/', 1)}-v0"
+        bundled = f"datasets/{task_of(path).replace('-', '/', 1)}-v0"
         used = read(path)[0].fallback_dataset_id
         assert used == bundled or (used == "" and not (REPOSITORY / bundled).exists()), path
 
 
 @every_folder
 def test_nothing_repeats_a_default(folder):
-    default = config_class(folder)()
     for path in FILES[folder]:
-        config, given = read(path)
+        default, (config, given) = script_of(path).TrainConfig(), read(path)
         assert [k for k in given if getattr(config, k) == getattr(default, k)] == [], path
 
 
 @every_folder
 def test_comment_names_task_source_and_environment(folder):
     for path in FILES[folder]:
-        words, task = comment(path), TASKS[path.stem]
+        words, task = comment(path), TASKS[task_of(path)]
         assert re.match(rf"D4RL {re.escape(task['task'])}[.;] ", words), path
         assert "Source: " in words, path
         if task["note"]:
@@ -222,6 +258,18 @@ TARGETS = {  # by robot, or by the task where it has its own
     "kitchen": "4, 2",
 }
 
+# of the fine-tuning: CORL's, but for IQL's on antmaze, which are its authors'
+FINE_TUNE = {"online_steps": 1_000_000, "updates_per_step": 1, "online_share": None}
+FINE_TUNE_MAZES = {"eval_every": 50_000, "eval_episodes": 100}
+IQL_ONLINE = {**IQL, **FINE_TUNE, "cosine_actor_lr": False}
+REBRAC_ONLINE = {**REBRAC, **FINE_TUNE, "online_share": 0.5, "exploration_noise": 0.0}
+REBRAC_ONLINE |= {"online_actor_share": 0.5, "online_critic_share": 0.0}
+CQL_ONLINE = {**CQL, **FINE_TUNE, "gap_floor": -200.0, "max_backup": True, "bc_updates": 0}
+CQL_ONLINE_MAZES = {**FINE_TUNE_MAZES, "lagrange": True, "target_gap": 0.8}
+CQL_ONLINE_MAZES |= {"critic_hidden_layers": 5, "reward_scale": 10.0, "reward_shift": -5.0}
+CAL_QL = {**CQL_ONLINE, "target_gap": 0.8, "online_share": 0.5, "infinite_horizon": False}
+del CAL_QL["regularizer"], CAL_QL["bc_updates"]  # fields that its script lacks
+
 PUBLISHED = {
     "bc": (BC, {"maze2d": MAZE2D, "antmaze": ANTMAZE}),
     "bc_10": (BC_10, {"maze2d": MAZE2D, "antmaze": ANTMAZE}),
@@ -297,6 +345,43 @@ PUBLISHED = {
     ),
     "bcq": (BCQ, {"maze2d": MAZE2D, "antmaze": ANTMAZE}),
     "brac": (BRAC, {"maze2d": MAZE2D, "antmaze": ANTMAZE}),
+    "iql-online": (
+        IQL_ONLINE,
+        {
+            "antmaze": {
+                **FINE_TUNE_MAZES,
+                "expectile": 0.9,
+                "inverse_temperature": 10.0,
+                "reward_shift": -1.0,
+            },
+            "adroit": {"normalize_obs": True, "expectile": 0.8, "actor_dropout": 0.1},
+        },
+    ),
+    "awac-online": (
+        {**AWAC, **FINE_TUNE},
+        {"antmaze": {**FINE_TUNE_MAZES, "reward_shift": -1.0}},
+    ),
+    "cql-online": (CQL_ONLINE, {"antmaze": CQL_ONLINE_MAZES, "adroit": {"alpha": 1.0}}),
+    "cal_ql": (
+        CAL_QL,
+        {
+            "antmaze": {**CQL_ONLINE_MAZES, "infinite_horizon": True},
+            "adroit": {"alpha": 1.0},
+        },
+    ),
+    "rebrac-online": (
+        REBRAC_ONLINE,
+        {
+            "antmaze": {
+                **FINE_TUNE_MAZES,
+                **SMALL_STEPS,
+                "critic_lr": 5e-5,
+                "gamma": 0.999,
+                "reward_scale": 100.0,
+            },
+            "adroit": SMALL_STEPS,
+        },
+    ),
     "dt": (
         DT,
         {
@@ -317,6 +402,7 @@ PER_TASK = {
         for task in TASKS
     },
 }
+PER_TASK["rebrac-online"] = PER_TASK["rebrac"]
 UNTUNED = {  # of <suite>/<task>: settings that nobody published for it
     "awac": r"kitchen/",
     "bc": r"kitchen/",
@@ -335,8 +421,8 @@ def test_values_are_the_published_ones(folder):
     common, per_suite = PUBLISHED[folder]
     for path in FILES[folder]:
         config, given = read(path)
-        published = {**common, **per_suite.get(TASKS[path.stem]["suite"], {})}
-        published |= PER_TASK.get(folder, {}).get(path.stem, {})
+        published = {**common, **per_suite.get(TASKS[task_of(path)]["suite"], {})}
+        published |= PER_TASK.get(folder, {}).get(task_of(path), {})
         assert {name: getattr(config, name) for name in published} == published, path
         assert given.keys() <= published.keys() | TASK_FIELDS, path
 

@@ -1,0 +1,378 @@
+"""Cal-QL: losses, gradients, returns and whole updates against float64 computations."""
+
+import copy
+import itertools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_script
+from plain import (
+    ACT,
+    BATCH,
+    OBS,
+    SEEDS,
+    check_act,
+    check_moments,
+    check_weights,
+    forward,
+    make_agent,
+    make_batch,
+    matrices,
+    member,
+    same,
+)
+from test_parity_cql import LOUD, N, PlainCQL, make_cql, same_gradient
+from test_parity_cql import make_inputs as make_cql_inputs
+
+pytestmark = pytest.mark.usefixtures("float64")
+LOUD = {name: value for name, value in LOUD.items() if name != "bc_updates"}
+VARIANTS = [  # the defaults are lagrange, max_backup and no entropy_backup
+    {},
+    {"lagrange": False},
+    {"max_backup": False},
+    {"lagrange": False, "max_backup": False, "entropy_backup": True},
+    {"entropy_backup": True, "gap_floor": 5.5},
+    {"learn_entropy_coef": False, "entropy_coef": 0.3, "entropy_backup": True},
+    {"entropy_coef": 0.3, "lagrange": False, "gap_floor": 5.0},
+]
+each_variant = pytest.mark.parametrize("settings", VARIANTS, ids=str)
+
+
+def make_cal_ql(**settings):
+    """Cal-QL with loud critics, targets that differ, policies at the bound of log_std at times."""
+    agent, g = make_agent("cal_ql", "CalQL", **{**LOUD, **settings}), torch.Generator()
+    with torch.no_grad():
+        for i, module in enumerate((agent.critic, agent.target_critic)):
+            for p in module.parameters():
+                p.copy_(0.6 * torch.randn(p.shape, generator=g.manual_seed(p.numel() + i)))
+        agent.actor.net.layers[-1].weight[..., ACT:] *= 4
+        agent.actor.net.layers[-1].bias[..., ACT:] += 1.5
+        if agent.cfg.learn_entropy_coef:
+            agent.log_entropy_coef += torch.tensor([0.1, -0.4, 0.3])
+        if agent.cfg.lagrange:
+            agent.log_multiplier += torch.tensor([0.5, -0.2, 0.0])
+    return agent
+
+
+def make_inputs(seed: int):
+    """Returns among the values of Q, so that some of them are bounded and some are not."""
+    (batch, noise), g = make_cql_inputs(seed), torch.Generator().manual_seed(seed + 900)
+    batch["mc_return"] = torch.randn(SEEDS, BATCH, generator=g)
+    return batch, noise
+
+
+class PlainCalQL(PlainCQL):
+    """One member: CQL's, but for the loss of the critics."""
+
+    def critic_loss(self, batch, y, now, uniform, future):
+        """Equation 5.1: Q of the policy's actions counts as mc(s) where it lies below it."""
+        td, gaps, self.floored, count = 0, [], 0, 0
+        means = {"q": 0, "q_policy": 0, "q_random": 0}
+        for network in self.critics:
+
+            def q(action, network=network):
+                return forward(torch.cat([batch["obs"], action], 1), network)[:, 0]
+
+            data = q(batch["action"])
+            td = td + ((y - data) ** 2).mean()
+            total = sum(q(a).exp() / log_prob.exp() for a, log_prob in uniform)
+            for action, log_prob in now + future:
+                value = q(action)
+                below = value.detach() < batch["mc_return"]
+                calibrated = torch.where(below, batch["mc_return"], value)
+                total, count = total + calibrated.exp() / log_prob.exp(), count + int(below.sum())
+            gap = torch.log(total) - data
+            if self.c.gap_floor is not None:
+                self.floored += int((gap < self.c.gap_floor).sum())
+                gap = torch.where(gap < self.c.gap_floor, self.c.gap_floor, gap)
+            gaps.append(gap.mean())
+            means["q"] += data.mean() / 2
+            means["q_policy"] += sum(q(a).mean() for a, _ in now) / N / 2
+            means["q_random"] += sum(q(a).mean() for a, _ in uniform) / N / 2
+        alpha = self.c.alpha * min(math.exp(self.log_multiplier.detach()), 1e6)
+        means |= {"td_loss": td, "conservative_gap": (gaps[0] + gaps[1]) / 2}
+        self.means = {name: value.detach() for name, value in means.items()}
+        self.means["bound_share"] = torch.tensor(count / (2 * 2 * N * BATCH))  # now and future
+        return td + alpha * (gaps[0] + gaps[1])
+
+
+def prepared(agent, batch, noise):
+    """The critics' loss at any inputs, and what it is given."""
+    actions, densities, *of_next = agent.proposals(batch["obs"], batch["next_obs"], noise)
+    y = agent.target(batch, *of_next, agent.log_entropy_coef.exp().detach()).detach()
+    return y, batch, actions.detach(), densities.detach(), agent.alpha().detach()
+
+
+@each_variant
+def test_losses_and_gradients(settings):
+    agent, (batch, noise) = make_cal_ql(**settings), make_inputs(21)
+    given, coef = prepared(agent, batch, noise), agent.log_entropy_coef.exp().detach()
+    critic_loss, metrics = agent.critic_loss(*given)
+    ours, log_prob = agent.actor_loss(batch["obs"], noise["actor"], coef)
+    floored, at_bounds = 0, 0
+    for k in range(SEEDS):
+        plain, one, of_one = PlainCalQL(agent, k), member(batch, k), member(noise, k)
+        now, uniform, future = plain.samples(one, of_one)
+        same(given[0][k], plain.target(one, future), "target")
+        expected = plain.critic_loss(one, given[0][k], now, uniform, future)
+        floored += plain.floored
+        same_gradient(critic_loss, agent.critic, expected, plain.critic_adam.parameters, k)
+        assert metrics.keys() == plain.means.keys()
+        for name, value in plain.means.items():
+            same(metrics[name][k], value, name)
+        assert 0.1 < plain.means["bound_share"] < 0.9
+        expected = plain.actor_loss(one, of_one, False)
+        same_gradient(ours, agent.actor, expected, plain.actor_adam.parameters, k)
+        same(log_prob[k], plain.log_prob, "log_prob")
+        at_bounds += plain.at_bounds[1]
+    if agent.cfg.gap_floor is not None:
+        assert 0 < floored < SEEDS * 2 * BATCH, f"{floored} gaps are below the floor"
+    assert 0 < at_bounds < SEEDS * BATCH * ACT
+
+
+@each_variant
+def test_updates(settings):
+    """Four updates, and all that training changes."""
+    agent = make_cal_ql(**settings)
+    plain = [PlainCalQL(agent, k) for k in range(SEEDS)]
+    for step in range(4):
+        batch, noise = make_inputs(30 + step)
+        kept = copy.deepcopy((batch, noise))
+        assert agent.variant(step) == ()
+        metrics = agent.update(batch, noise)
+        for new, old in zip((batch, noise), kept, strict=True):
+            assert all(torch.equal(new[name], old[name]) for name in old)
+        for k, one in enumerate(plain):
+            expected = one.update(member(batch, k), member(noise, k), False)
+            assert metrics.keys() == expected.keys()
+            for name, value in expected.items():
+                same(metrics[name][k], value, name)
+            check_weights(agent.actor.net, k, one.policy, "policy")
+            same(agent.log_entropy_coef[k], one.log_coef, "entropy_coef")
+            same(agent.log_multiplier[k], one.log_multiplier, "multiplier")
+            for i in range(2):
+                check_weights(agent.critic, 2 * k + i, one.critics[i], f"critic {i}")
+                check_weights(agent.target_critic, 2 * k + i, one.targets[i], f"target {i}")
+    check_moments(agent.actor_optimizer, agent.actor, [one.actor_adam for one in plain])
+    check_moments(agent.critic_optimizer, agent.critic, [one.critic_adam for one in plain])
+    if agent.cfg.learn_entropy_coef:
+        scalar = SimpleNamespace(parameters=lambda: [agent.log_entropy_coef])
+        check_moments(agent.entropy_optimizer, scalar, [one.coef_adam for one in plain])
+    if agent.cfg.lagrange:
+        scalar = SimpleNamespace(parameters=lambda: [agent.log_multiplier])
+        check_moments(agent.multiplier_optimizer, scalar, [one.multiplier_adam for one in plain])
+
+
+# ---- the bound
+
+
+def test_a_return_above_q_takes_the_gradient_of_the_policys_actions():
+    """The penalty then moves Q at uniform actions and at the data's alone."""
+    agent, (batch, noise) = make_cal_ql(), make_inputs(4)
+    y, _, actions, densities, alpha = prepared(agent, batch, noise)
+    highest = agent.q(agent.critic, batch["obs"], actions).amax((1, 2))
+    for row, above in ((0, 2.0), (1, -2.0)):  # the first row of each member is bounded
+        batch["mc_return"][:, row] = highest[:, row] + above
+    batch["mc_return"][:, 2:] = -1e9
+    action = batch["action"].requires_grad_()
+    loss, _ = agent.critic_loss(y, batch, actions.requires_grad_(), densities, alpha)
+    of_sampled, of_data = torch.autograd.grad(loss.sum(), (actions, action))
+    moved = of_sampled.abs().amax(-1)  # [S, 3n, B]
+    assert (moved[:, N:, 0] == 0).all() and (moved[:, :N, 0] > 0).any(1).all()
+    assert (moved[:, N:, 1] > 0).any(1).all() and (moved[:, N:, 2:] > 0).any(1).all()
+    assert (of_data.abs().amax(-1) > 0).any(-1).all()
+
+    with torch.no_grad():  # far above: only the bound is left in the sum
+        batch["mc_return"][:] = 500.0
+        loss, metrics = agent.critic_loss(y, batch, actions, densities, alpha)
+        total = 500 + (-densities[:, N:]).logsumexp(1)  # [S, B]
+        q = agent.q(agent.critic, batch["obs"], action.unsqueeze(1)).squeeze(2)
+    same(metrics["conservative_gap"], (total.unsqueeze(1) - q).mean((1, 2)), "gap")
+    assert (metrics["bound_share"] == 1).all()
+
+
+def test_with_returns_below_every_q_it_is_cql():
+    """The other script's, with the same weights: losses, gradients and updates."""
+    settings = {"lagrange": True, "max_backup": True, "entropy_backup": True, "gap_floor": 3.5}
+    cql, agent = make_cql(**settings, bc_updates=0), make_cal_ql(**settings)
+    agent.load_state_dict(cql.state_dict())
+    for step in range(3):
+        batch, noise = make_inputs(50 + step)
+        batch["mc_return"][:] = -1e9
+        found, expected = agent.update(batch, noise), cql.update(batch, noise, False)
+        assert (found.pop("bound_share") == 0).all() and found.keys() == expected.keys()
+        for name in expected:
+            same(found[name], expected[name], name)
+        for (name, ours), theirs in zip(agent.named_parameters(), cql.parameters(), strict=True):
+            same(ours, theirs, name)
+            assert (ours.grad is None) == (theirs.grad is None)
+            if ours.grad is not None:
+                same(ours.grad, theirs.grad, name)
+
+
+def test_bound_share_is_counted():
+    """Critics of 1 and 2 everywhere: returns of 0.5, 1, 1.5, 2 and 3 exceed 0, 0, 1, 1 and 2."""
+    agent, (batch, noise) = make_cal_ql(), make_inputs(8)
+    with torch.no_grad():
+        for p in agent.critic.parameters():
+            p.zero_()
+        agent.critic.layers[-1].bias.view(SEEDS, 2)[:] = torch.tensor([1.0, 2.0])
+    for returns, share in (([0.5, 1, 1.5, 2], 2 / 8), ([3, 3, 3, 1.5], 7 / 8)):
+        batch["mc_return"] = torch.tensor(returns).repeat(SEEDS, BATCH // 4)
+        _, metrics = agent.critic_loss(*prepared(agent, batch, noise))
+        assert (metrics["bound_share"] == share).all()
+        assert (metrics["q_policy"] == 1.5).all(), "it is Q, without the bound"
+
+
+# ---- the Monte-Carlo returns
+
+# Lengths, then the steps that terminate: also inside of an episode, as `success_reward` does.
+EPISODES = [(4, ()), (1, ()), (6, (5,)), (1, (0,)), (9, ()), (2, (1,)), (7, (2,)), (8, (0, 3, 7))]
+
+
+def make_table(gamma: float, infinite_horizon: bool, reward=None):
+    """What `table` makes of the episodes above, each reward and state another."""
+    agent = make_cal_ql(gamma=gamma, infinite_horizon=infinite_horizon)
+    lengths, g = [length for length, _ in EPISODES], torch.Generator().manual_seed(5)
+    starts = torch.tensor([0, *np.cumsum(lengths)])
+    count = int(starts[-1])
+    data = {
+        "obs": torch.randn(count, OBS, generator=g).float(),
+        "action": torch.rand(count, ACT, generator=g).float(),
+        "reward": (torch.randn(count, generator=g) if reward is None else reward).float(),
+        "next_obs": torch.randn(count, OBS, generator=g).float(),
+        "terminated": torch.zeros(count).float(),
+        "truncated": torch.ones(count).float(),  # not to be read
+    }
+    for first, (_, terminations) in zip(starts, EPISODES, strict=False):
+        for step in terminations:
+            data["terminated"][first + step] = 1
+    kept = copy.deepcopy(data)
+    table = agent.table(data, starts)
+    assert all(torch.equal(data[name], kept[name]) for name in kept) and data.keys() == kept.keys()
+    assert tuple(table) == agent.batch_fields
+    assert all(torch.equal(table[name], data[name]) for name in table if name in data)
+    assert table["mc_return"].dtype == torch.float32 and table["mc_return"].shape == (count,)
+    return table, starts
+
+
+def plain_returns(table, starts, gamma: float, infinite_horizon: bool) -> list[float]:
+    """Sums from every step on; an episode that was cut off is played on with its last reward."""
+    found = []
+    for first, end in itertools.pairwise(starts):
+        rewards, ends = (table[name][first:end].tolist() for name in ("reward", "terminated"))
+        for t in range(len(rewards)):
+            ahead = rewards[t:]
+            if 1 in ends[t:]:
+                ahead = ahead[: ends[t:].index(1) + 1]
+            elif infinite_horizon:
+                ahead = ahead + [rewards[-1]] * 500
+            found.append(math.fsum(r * gamma**k for k, r in enumerate(ahead)))
+    return found
+
+
+@pytest.mark.parametrize("infinite_horizon", [False, True])
+@pytest.mark.parametrize("gamma", [0.9, 0.0])
+def test_returns_of_every_kind_of_episode(gamma, infinite_horizon):
+    table, starts = make_table(gamma, infinite_horizon)
+    expected = torch.tensor(plain_returns(table, starts, gamma, infinite_horizon))
+    torch.testing.assert_close(table["mc_return"].double(), expected, rtol=1.2e-7, atol=0)
+
+
+def test_returns_of_a_sparse_task():
+    """The authors' rule for antmaze: -5 / (1 - gamma) at each step of an episode that failed."""
+    count = sum(length for length, _ in EPISODES)
+    table, starts = make_table(0.99, True, torch.full((count,), -5.0))
+    failed = torch.cat([table["mc_return"][starts[i] : starts[i + 1]] for i in (0, 1, 4)])
+    torch.testing.assert_close(failed.double(), torch.full((14,), -500.0), rtol=1e-6, atol=0)
+    assert (table["mc_return"][torch.stack([starts[3], starts[7], starts[8] - 1])] == -5).all()
+    again = table["mc_return"][starts[6] : starts[7]]  # after the goal of step 2 it fails
+    assert (again[:3] > -15).all() and (again[3:] < -499).all()
+
+
+def test_returns_are_summed_in_float64():
+    """Three thousand steps of 0.1 without a discount; rewards of any type stay as they were."""
+    agent = make_cal_ql(gamma=1.0)
+    for dtype in (torch.float32, torch.float64):
+        data = {name: torch.zeros(3_000).to(dtype) for name in agent.batch_fields[:-1]}
+        data["reward"] += 0.1
+        found = agent.table(data, torch.tensor([0, 3_000]))["mc_return"]
+        assert found.dtype == torch.float32 and (data["reward"] == data["reward"][0]).all()
+        expected = torch.arange(3_000, 0, -1) * float(data["reward"][0])
+        torch.testing.assert_close(found.double(), expected, rtol=1e-7, atol=0)
+
+
+def test_an_infinite_horizon_needs_a_discount():
+    script = load_script("cal_ql")
+    with pytest.raises(script.RunError, match=r"infinite_horizon: .*gamma"):
+        make_cal_ql(gamma=1.0, infinite_horizon=True)
+    make_cal_ql(gamma=1.0)
+
+
+# ---- the rest
+
+
+def test_explores_with_draws_in_the_environments_units():
+    """a = center + half_range tanh(mean + std noise), from observations in its units too."""
+    agent, (batch, noise) = make_cal_ql(), make_inputs(6)
+    obs, scaler = 3 * batch["obs"], agent.scaler
+    action = agent.explore(obs, noise["actor"])
+    assert not action.requires_grad
+    low, high = torch.tensor([-2.0, -1.0, 0.0]), torch.tensor([2.0, 3.0, 0.5])
+    clipped = 0
+    for k in range(SEEDS):
+        out = forward((obs[k] - scaler.obs_mean) / scaler.obs_std, matrices(agent.actor.net, k))
+        mean, log_std = out[:, :ACT], out[:, ACT:]
+        clipped += int((log_std > 2).sum())
+        raw = mean + torch.clip(log_std, -20, 2).exp() * noise["actor"][k]
+        same(action[k], low + (high - low) * (torch.tanh(raw) + 1) / 2, "action")
+    assert 0 < clipped < SEEDS * BATCH * ACT
+    same(agent.explore(obs, 0 * noise["actor"]), agent.act(obs), "without noise")
+
+
+def test_acts_with_the_mean():
+    agent, (batch, _) = make_cal_ql(), make_batch(5)
+    last = agent.actor.net.layers[-1]
+    mean = SimpleNamespace(weight=last.weight[..., :ACT], bias=last.bias[..., :ACT])
+    check_act(agent, SimpleNamespace(layers=[*agent.actor.net.layers[:-1], mean]), 3 * batch["obs"])
+
+
+def test_alpha_grows_where_the_gap_is_too_large_and_is_bounded():
+    for target_gap, rises in ((-1e3, True), (1e3, False)):
+        agent = make_cal_ql(target_gap=target_gap)
+        before = agent.alpha().detach().clone()
+        agent.update(*make_inputs(3))
+        assert ((agent.alpha() > before) == rises).all()
+    with torch.no_grad():
+        agent.log_multiplier.fill_(30)
+    assert (agent.alpha() == 1.7e6).all()
+    fresh = make_agent("cal_ql", "CalQL", alpha=3.0)
+    assert (fresh.alpha() == 3).all(), "it starts at its setting (D6)"
+
+
+def test_policy_and_critics_have_depths_of_their_own():
+    agent = make_cal_ql(hidden_layers=1, critic_hidden_layers=4)
+    assert (len(agent.actor.net.layers), len(agent.critic.layers)) == (2, 5)
+    assert len(agent.target_critic.layers) == 5
+
+
+def test_noise_is_drawn_where_it_is_used():
+    assert make_cal_ql().noise_shapes() == {
+        "policy": ("normal", (N, 2 * BATCH, ACT)),
+        "uniform": ("uniform", (N, BATCH, ACT)),
+        "actor": ("normal", (BATCH, ACT)),
+    }
+
+
+def test_defaults_are_the_authors():
+    cfg = load_script("cal_ql").TrainConfig()
+    assert (cfg.gamma, cfg.tau, cfg.batch_size) == (0.99, 0.005, 256)
+    assert (cfg.num_actions, cfg.alpha, cfg.target_gap, cfg.online_share) == (10, 5.0, 0.8, 0.5)
+    assert (cfg.actor_lr, cfg.critic_lr, cfg.hidden_dim) == (1e-4, 3e-4, 256)
+    assert (cfg.hidden_layers, cfg.critic_hidden_layers) == (2, 4)
+    assert (cfg.learn_entropy_coef, cfg.entropy_coef, cfg.entropy_backup) == (True, 1.0, False)
+    assert cfg.lagrange and cfg.max_backup and cfg.gap_floor is None
+    assert not (cfg.infinite_horizon or cfg.normalize_obs) and cfg.updates_per_step == 1
