@@ -1,0 +1,400 @@
+"""How fast the scripts train, how close that comes to the machine, and where the time goes.
+
+    python benchmarks/speed.py                                # every script, 1 to 8 members
+    python benchmarks/speed.py iql cql --members 1 4 --modes eager --out /tmp/speed.json
+
+Each script trains with its default settings on the bundled Hopper data (observations of 11, actions
+of 3 numbers), through the loop that a run goes through, evaluation apart. Windows of all variants
+of a script alternate, so that a busy neighbour slows them alike; the medians are reported, with the
+threads and the load beside them.
+
+The yardstick is `products`: the matrix products of one update (forward and backward, attention
+included), recorded in their order and shapes and made again with nothing between them. `fraction`
+is their time divided by the update's: 1 would be an update that costs nothing else. `shares` is a
+profile of the same loop; its parts are named in SHARES, and "Python" is what no operator accounts
+for. FLOPs are torch's own count. `--whole` adds what a user waits for: the time of a process until
+its first update, its peak memory, a short run with its evaluation, and environment steps.
+
+FILE.json is rewritten after each script; the table is printed at the end, and with --readme FILE it
+replaces what stands between the marks there.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "benchmarks" / "results" / "speed.json"
+DATA = "datasets/hopper/medium-replay-v0"
+BEGIN, END = "<!-- speed: written by benchmarks/speed.py -->", "<!-- end of speed -->"
+START = 10**6  # the first update that is measured: behind every phase of warming up
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "_scaled_dot_product")
+# Operators by the part of an update that they belong to; the first that fits counts.
+SHARES = {
+    "products": ("mm", "bmm", "scaled_dot_product", "flash", "gemm"),
+    "optimizer": ("_fused_adam", "_foreach", "zero_"),
+    "sampling": ("index", "randint", "random_", "uniform_", "normal_", "take", "gather"),
+}
+
+
+class SpeedError(Exception):
+    """Something the user can mend."""
+
+
+def load_script(name: str):
+    """A script of algorithms/ as a module, loaded once."""
+    key = f"algorithms.{name}"
+    if key not in sys.modules:
+        path = REPOSITORY / "algorithms" / f"{name}.py"
+        if not path.is_file():
+            raise SpeedError(f"there is no script {path}")
+        spec = importlib.util.spec_from_file_location(key, path)
+        sys.modules[key] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[key])
+    return sys.modules[key]
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# ---- what is measured ----
+
+
+class Training:
+    """A script's loop, set up as a run does it, with no environment."""
+
+    def __init__(self, name: str, members: int, mode: str, device: str, folder: Path):
+        module = load_script(name)
+        words = {"dataset_id": DATA, "num_seeds": members, "num_updates": 10**7, "env_id": "none"}
+        words |= {"device": device, "compile": "true" if mode == "compiled" else "false"}
+        words |= {"run_dir": folder / f"{name}-{members}-{mode}"}
+        argv = [part for key, value in words.items() for part in (f"--{key}", str(value))]
+        cfg = module.parse_config(module.TrainConfig, argv)
+        kinds = [c for c in vars(module).values() if isinstance(c, type)]
+        (kind,) = [c for c in kinds if issubclass(c, module.Agent) and c is not module.Agent]
+        self.device = module.choose_device(device)
+        with contextlib.redirect_stdout(io.StringIO()):
+            dataset = module.load_dataset(DATA, module.locate_dataset(cfg))
+            agent = kind(cfg, module.fit_scaler(dataset, cfg)).to(self.device)
+            module.compile_losses(agent, cfg, self.device)
+            self.run = module.Run(cfg, kind.__name__)
+            self.run.start(agent, dataset, None, {})
+        self.run.step, self.members, self.mode, self.speeds = START, members, mode, []
+
+    def update(self) -> None:
+        self.run.update()
+        self.run.window = {}
+
+    def window(self, seconds: float) -> None:
+        """Updates per second over some seconds, among the others' windows."""
+        wait(self.device)
+        count, began = 0, time.perf_counter()
+        while time.perf_counter() - began < seconds:
+            self.update()
+            count += 1
+        wait(self.device)
+        self.speeds.append(count / (time.perf_counter() - began))
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the matrix products that are made, in their order."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.__name__.split(".")[0].startswith(PRODUCTS):
+            self.calls.append((func, *pytree.tree_map(describe, (args, kwargs))))
+        return func(*args, **kwargs)
+
+
+def describe(value):
+    if not isinstance(value, torch.Tensor):
+        return value
+    return "tensor", tuple(value.shape), value.stride(), value.dtype, value.device
+
+
+class Products:
+    """The matrix products of one update, made again from random numbers of the same layout."""
+
+    mode = "products"
+
+    def __init__(self, training: Training):
+        self.members, self.device, self.speeds = training.members, training.device, []
+        with Recorder() as recorder:
+            training.update()
+        self.made, self.calls = {}, []
+        for func, args, kwargs in recorder.calls:
+            args, kwargs = self.fill(args), self.fill(kwargs)
+            self.calls.append((func, args, kwargs))
+
+    def fill(self, value):
+        """Random tensors in place of their descriptions; equal ones are made once."""
+        if isinstance(value, tuple) and value[:1] == ("tensor",):
+            if value not in self.made:
+                _, shape, stride, dtype, device = value
+                tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+                self.made[value] = tensor.normal_(std=0.1)
+            return self.made[value]
+        if isinstance(value, dict):
+            return {key: self.fill(each) for key, each in value.items()}
+        return type(value)(map(self.fill, value)) if isinstance(value, (list, tuple)) else value
+
+    def update(self) -> None:
+        for func, args, kwargs in self.calls:
+            func(*args, **kwargs)
+
+    window = Training.window
+
+
+def count_flops(training: Training) -> int:
+    """Floating point operations of one update of all members, by torch's counter."""
+    with FlopCounterMode(display=False) as counter:
+        training.update()
+    return counter.get_total_flops()
+
+
+def profile(training: Training, updates: int) -> dict:
+    """The share of each part of the loop's time."""
+    cuda = training.device.type == "cuda"
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    kinds += [torch.profiler.ProfilerActivity.CUDA] if cuda else []
+    with torch.profiler.profile(activities=kinds) as found:
+        began = time.perf_counter()
+        for _ in range(updates):
+            training.update()
+        wait(training.device)
+        elapsed = time.perf_counter() - began
+    parts = dict.fromkeys([*SHARES, "elementwise", "Python"], 0.0)
+    for event in found.key_averages():
+        if not event.key.startswith("aten::"):
+            continue  # the operators' own time is in those they call
+        part = next((p for p, words in SHARES.items() if any(w in event.key for w in words)), None)
+        time_us = event.self_device_time_total if cuda else event.self_cpu_time_total
+        parts[part or "elementwise"] += time_us / 1e6 / elapsed
+    parts["Python"] = max(0.0, 1 - sum(parts.values()))
+    return {part: round(share, 3) for part, share in parts.items()}
+
+
+def measure(name: str, args, folder: Path, say) -> list:
+    """Rows of a script, one for each number of members and mode."""
+    rows = []
+    for members in args.members:
+        say(f"{name}, {members} members")
+        variants = [Training(name, members, mode, args.device, folder) for mode in args.modes]
+        eager = variants[0] if args.modes[0] == "eager" else None
+        eager = eager or Training(name, members, "eager", args.device, folder)
+        flops, products = count_flops(eager), Products(eager)
+        for variant in [*variants, products]:
+            variant.window(args.seconds)  # warms caches and compiles
+            variant.speeds.clear()
+        loads = []
+        for _ in range(args.rounds):
+            for variant in [*variants, products]:
+                variant.window(args.seconds)
+            loads.append(os.getloadavg()[0])
+        alone = statistics.median(products.speeds)
+        for variant in variants:
+            speed = statistics.median(variant.speeds)
+            row = {"algorithm": name, "members": members, "mode": variant.mode}
+            row |= {"updates_per_second": speed, "in_all": speed * members, "flops": flops}
+            row |= {"gflops_per_second": flops * speed / 1e9, "fraction": speed / alone}
+            row |= {"products_gflops_per_second": flops * alone / 1e9, "load": max(loads)}
+            if variant.mode == "eager":
+                row["shares"] = profile(variant, max(2, int(speed * args.seconds)))
+            rows.append(row)
+    return rows
+
+
+# ---- what a user waits for ----
+
+
+def process(name: str, **settings) -> tuple:
+    """Seconds and peak memory in MiB of a script in a process of its own."""
+    words = {"dataset_id": DATA, "num_seeds": 4, "env_id": "none", "final_eval_episodes": 0}
+    words |= {"log_every": 1, **settings}
+    argv = [part for key, value in words.items() for part in (f"--{key}", str(value))]
+    script = REPOSITORY / "algorithms" / f"{name}.py"
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        child = subprocess.Popen(
+            [sys.executable, script, *argv, "--run_dir", f"{folder}/run"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        message = child.stderr.read().decode()
+        _, status, usage = os.wait4(child.pid, 0)
+        seconds = time.perf_counter() - began
+    if status:
+        raise SpeedError(f"{name} ended with {status}: {message.strip().splitlines()[-1:]}")
+    unit = 2**20 if platform.system() == "Darwin" else 2**10
+    return round(seconds, 2), round(usage.ru_maxrss / unit)
+
+
+def whole(name: str, args, say) -> dict:
+    """First updates, memory, a short run with and without evaluation."""
+    say(f"{name}, whole processes")
+    first = {"num_updates": 1, "device": args.device}
+    found = {"first_update_seconds": process(name, **first, compile="false")[0]}
+    found["peak_memory_mib"] = process(name, **{**first, "num_updates": 20}, compile="false")[1]
+    if "compiled" in args.modes:
+        with tempfile.TemporaryDirectory() as cache:
+            old = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+            for state in ("cold", "warm"):
+                seconds, _ = process(name, **first, compile="true")
+                found[f"first_compiled_update_seconds_{state}"] = seconds
+            os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
+            if old is not None:
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = old
+    run = {"num_updates": 200, "compile": "false", "device": args.device, "log_every": 100}
+    found["run_of_200_updates_seconds"] = process(name, **run)[0]
+    return found
+
+
+def evaluation(device: str) -> dict:
+    """Ten whole episodes of Hopper for four members; loading the bundled data."""
+    module = load_script("bc")
+    words = ["--dataset_id", DATA, "--num_seeds", "4", "--device", device]
+    cfg = module.parse_config(module.TrainConfig, words)
+    cfg.env_kwargs = {"terminate_when_unhealthy": False}  # all 1,000 steps, whatever the policy
+    with contextlib.redirect_stdout(io.StringIO()):
+        began = time.perf_counter()
+        dataset = module.load_dataset(DATA, module.locate_dataset(cfg))
+        loading = time.perf_counter() - began
+    agent = module.BC(cfg, module.fit_scaler(dataset, cfg)).to(module.choose_device(device))
+    environment = module.find_environment(cfg, dataset.metadata, agent.scaler)
+    module.evaluate(agent, environment, cfg, 1)
+    began = time.perf_counter()
+    rows = module.evaluate(agent, environment, cfg, 10)
+    seconds = time.perf_counter() - began
+    steps = sum(row["length"] for row in rows)
+    found = {"loading_seconds": loading, "evaluation_seconds": seconds, "episodes": len(rows)}
+    return {**found, "environment_steps": steps, "steps_per_second": steps / seconds}
+
+
+# ---- the report ----
+
+
+def machine(device: str) -> dict:
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name()
+    git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    about = {"device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return {**about, "torch": torch.__version__, "commit": commit}
+
+
+def cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def table(result: dict) -> str:
+    """Markdown, a row for each script and number of members."""
+    lines = [
+        "| script | members | updates/s | times members | compiled | products alone | fraction |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|")
+    groups = {}
+    for row in result["rows"]:
+        groups.setdefault((row["algorithm"], row["members"]), {})[row["mode"]] = row
+    for (name, members), modes in groups.items():
+        one = modes.get("eager") or modes["compiled"]
+        alone = one["updates_per_second"] / one["fraction"]
+        compiled = modes.get("compiled")
+        cells = [name, members, f"{one['updates_per_second']:.1f}", f"{one['in_all']:.1f}"]
+        cells.append(f"{compiled['updates_per_second']:.1f}" if compiled else "")
+        cells += [f"{alone:.1f}", f"{max(m['fraction'] for m in modes.values()):.2f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    about = result["machine"]
+    load = max(row["load"] for row in result["rows"])
+    words = f"{about['device']}, {about['threads']} threads, torch {about['torch']}"
+    return "\n".join(lines) + f"\n\n{words}; highest load {load:.1f}.\n"
+
+
+def fill(readme: Path, text: str) -> None:
+    """Replace what stands between the two marks of `readme`."""
+    old = readme.read_text(encoding="utf-8")
+    if BEGIN not in old or END not in old:
+        raise SpeedError(f"{readme} lacks the lines {BEGIN!r} and {END!r}: add them")
+    head, rest = old.split(BEGIN)
+    readme.write_text(f"{head}{BEGIN}\n{text}{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+def progress(total: int):
+    """A function that prints a line with the time left."""
+    began, done = time.perf_counter(), []
+
+    def say(text: str) -> None:
+        left = (time.perf_counter() - began) / len(done) * (total - len(done)) if done else 0
+        print(f"{text}; {f'about {left / 60:.1f} min left' if done else '? left'}", flush=True)
+        done.append(text)
+
+    return say
+
+
+def main(argv=None) -> int:
+    names = sorted(path.stem for path in (REPOSITORY / "algorithms").glob("*.py"))
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(description=__doc__, **style)
+    parser.add_argument("scripts", nargs="*", metavar="script", help=", ".join(names))
+    parser.add_argument("--members", nargs="+", type=int, default=[1, 2, 4, 8])
+    modes = ["eager", "compiled"]
+    parser.add_argument("--modes", nargs="+", choices=modes, default=modes)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a window")
+    parser.add_argument("--rounds", type=int, default=7, help="windows of each variant")
+    parser.add_argument("--whole", action="store_true", help="also processes and evaluation")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--readme", type=Path, help="a file whose marked table is replaced")
+    args = parser.parse_args(argv)
+    scripts = args.scripts or names
+    say = progress(len(scripts) * (len(args.members) + args.whole))
+    try:
+        result = {"machine": machine(args.device), "rows": [], "whole": {}}
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for name in scripts:
+                result["rows"] += measure(name, args, Path(folder), say)
+                if args.whole:
+                    result["whole"][name] = whole(name, args, say)
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            if args.whole:
+                result["evaluation"] = evaluation(args.device)
+                args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        text = table(result)
+        if args.readme:
+            fill(args.readme, text)
+    except (SpeedError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"\n{text}\nalso in {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

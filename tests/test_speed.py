@@ -1,0 +1,76 @@
+"""The speed benchmark: what it counts, its table, its errors."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+spec = importlib.util.spec_from_file_location("speed", REPOSITORY / "benchmarks" / "speed.py")
+speed = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(speed)
+
+QUICK = ["--members", "2", "--modes", "eager", "--seconds", "0.02", "--rounds", "2"]
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory):
+    return speed.Training("bc", 2, "eager", "cpu", tmp_path_factory.mktemp("speed"))
+
+
+def test_flops_are_those_of_the_matrix_products(training):
+    """BC: 11-256-256-3 at batch 256; backward lacks the product for the first layer's input."""
+    forward = 2 * 256 * (11 * 256 + 256 * 256 + 256 * 3)
+    first = 2 * 256 * 11 * 256
+    assert speed.count_flops(training) == 2 * (3 * forward - first)
+
+
+def test_products_are_those_of_the_update(training):
+    products = speed.Products(training)
+    names = [func.__name__.split(".")[0] for func, *_ in products.calls]
+    assert names == ["baddbmm"] * 3 + ["bmm"] * 5
+    shapes = [tuple(func(*args, **kwargs).shape) for func, args, kwargs in products.calls[:3]]
+    assert shapes == [(2, 256, 256), (2, 256, 256), (2, 256, 3)]
+    strides = {args[1].stride() for _, args, _ in products.calls[3:]}
+    assert any(stride[-1] != 1 for stride in strides), "transposed products stay transposed"
+
+
+def test_windows_run_whole_updates(training):
+    before, weights = training.run.step, training.run.agent.actor.layers[0].weight.clone()
+    training.window(0.05)
+    assert training.run.step > before and training.speeds[-1] > 0
+    assert not torch.equal(weights, training.run.agent.actor.layers[0].weight)
+
+
+def test_shares_add_up(training):
+    shares = speed.profile(training, 5)
+    assert sum(shares.values()) == pytest.approx(1, abs=0.01)
+    assert shares["products"] > 0 and shares["optimizer"] > 0 and shares["sampling"] > 0
+
+
+def test_json_table_and_readme(tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{speed.BEGIN}\nold\n{speed.END}\nafter\n")
+    argv = ["bc", *QUICK, "--out", str(tmp_path / "speed.json"), "--readme", str(readme)]
+    assert speed.main(argv) == 0
+    (row,) = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert (row["algorithm"], row["members"], row["mode"]) == ("bc", 2, "eager")
+    assert row["in_all"] == 2 * row["updates_per_second"]
+    table = readme.read_text()
+    assert table.startswith(f"before\n{speed.BEGIN}\n| script |")
+    assert f"| bc | 2 | {row['updates_per_second']:.1f} |" in table and "old" not in table
+    assert f"{row['updates_per_second']:.1f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", ["script", "readme"])
+def test_errors_are_one_line(case, tmp_path, capsys):
+    argv = ["nothing" if case == "script" else "bc", *QUICK, "--out", str(tmp_path / "s.json")]
+    if case == "readme":
+        (tmp_path / "README.md").write_text("nothing here\n")
+        argv += ["--readme", str(tmp_path / "README.md")]
+    assert speed.main(argv) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("error: ")
+    if case == "readme":
+        assert (tmp_path / "README.md").read_text() == "nothing here\n"
