@@ -301,7 +301,7 @@ def stitching(lab) -> dict:
     maze |= {"eval_episodes": 20, "final_eval_episodes": 50}
     values = {"reward_scale": 100, "batch_size": 256, "num_updates": 20_000}
     sequences = {"context": 10, "hidden_dim": 64, "hidden_layers": 2, "target_returns": "1"}
-    sequences |= {"return_scale": 1, "warmup_updates": 500, "actor_lr": 1e-3, "num_updates": 5000}
+    sequences |= {"return_scale": 1, "warmup_updates": 300, "actor_lr": 1e-3, "num_updates": 2500}
     settings = {
         "BC": ("bc", {"num_updates": 10_000}),
         "DT": ("dt", sequences),
