@@ -41,6 +41,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -665,7 +666,18 @@ def prepare(dataset: Dataset, cfg, scaler: Scaler) -> dict:
 # <<< shared: data
 
 
-# >>> shared: evaluation
+# >>> shared: environment
+@contextlib.contextmanager
+def one_thread():
+    """For networks so small that threads wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @dataclass
 class Environment:
     """Where policies are evaluated. Scores are 100 (return - ref_min) / (ref_max - ref_min)."""
@@ -674,7 +686,9 @@ class Environment:
     kwargs: dict
     references: tuple  # ref_min, ref_max, or None
     differs: Optional[str] = None  # how it is not the environment that the references belong to
+    processes: int = field(default_factory=torch.get_num_threads)  # that play, at most
     copies: list = field(default_factory=list)  # made when needed, then kept
+    workers: list = field(default_factory=list)  # pipes to processes that play some of the copies
 
     def get(self, count: int) -> list:
         with warnings.catch_warnings():
@@ -686,6 +700,61 @@ class Environment:
     def score(self, value: float) -> Optional[float]:
         low, high = self.references
         return None if None in (low, high) else 100 * (value - low) / (high - low)
+
+    def play(self, tasks: list) -> list:
+        """What comes of tasks[i] for copy i: (obs, reward, whether the episode ends).
+
+        A task is a seed to begin an episode with, an action, or None for a copy that rests. The
+        copies are shared out among `processes`, four or more to each; torch's threads by default.
+        """
+        count = max(1, min(self.processes, len(tasks) // 4)) if sys.platform == "linux" else 1
+        shares = [tasks[i::count] for i in range(count)]
+        while len(self.workers) < len(shares) - 1:
+            self.workers.append(self.fork())
+        workers, results = self.workers[: len(shares) - 1], [None] * len(tasks)
+        for worker, share in zip(workers, shares[1:], strict=True):
+            worker.send(share)
+        answers = [self.play_share(shares[0]), *(worker.recv() for worker in workers)]
+        for i, answer in enumerate(answers):
+            if isinstance(answer, str):
+                mend = "mend it; what was saved is kept, --resume true goes on from there"
+                raise RunError(f"the environment fails in evaluation ({answer}): {mend}", 1)
+            results[i :: len(shares)] = answer
+        return results
+
+    def play_share(self, tasks: list):
+        """The results of this process's tasks, or why an environment fails."""
+        results = [None] * len(tasks)
+        try:
+            for i, (env, task) in enumerate(zip(self.get(len(tasks)), tasks, strict=True)):
+                if isinstance(task, int):
+                    results[i] = flatten_obs(env.reset(seed=task)[0]), 0.0, False
+                elif task is not None:
+                    obs, reward, terminated, truncated, _ = env.step(task)
+                    results[i] = flatten_obs(obs), float(reward), terminated or truncated
+                    if not math.isfinite(reward):
+                        raise ValueError("a reward is not finite")
+        except Exception as error:  # an environment may raise anything
+            return " ".join(str(error).split()) or type(error).__name__
+        return results
+
+    def fork(self):
+        """A pipe to a new process that plays tasks until this one is gone."""
+        context = multiprocessing.get_context("fork")  # the script is not imported again
+        ours, theirs = context.Pipe()
+
+        def work():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides
+            for pipe in [ours, *self.workers]:
+                pipe.close()
+            self.copies = []  # those of the first process stay its own
+            with contextlib.suppress(EOFError):
+                while True:
+                    theirs.send(self.play_share(theirs.recv()))
+
+        context.Process(target=work, daemon=True).start()
+        theirs.close()
+        return ours
 
 
 def read_spec(text: str):
@@ -729,6 +798,10 @@ def find_environment(cfg, metadata: dict, scaler: Scaler) -> Optional[Environmen
     return environment
 
 
+# <<< shared: environment
+
+
+# >>> shared: evaluation
 def evaluate(agent: nn.Module, environment: Environment, cfg, episodes: int) -> list:
     """Play `episodes` episodes with every member, some 64 environments side by side.
 
@@ -752,21 +825,21 @@ def evaluate(agent: nn.Module, environment: Environment, cfg, episodes: int) -> 
     return sorted(rows, key=lambda row: (row["seed"], row["episode"]))
 
 
+@one_thread()
 def play(agent: nn.Module, environment: Environment, cfg, numbers: range) -> tuple:
     """Episodes `numbers` of all members side by side: returns and lengths [S, len(numbers)]."""
     shape = (cfg.num_seeds, len(numbers))
-    envs = np.array(environment.get(math.prod(shape)), object).reshape(shape)
-    starts = [env.reset(seed=cfg.eval_seed + numbers[j])[0] for (_, j), env in np.ndenumerate(envs)]
-    obs = np.stack([flatten_obs(start) for start in starts]).reshape(*shape, -1)
+    starts = environment.play([cfg.eval_seed + numbers[j] for _, j in np.ndindex(shape)])
+    obs = np.stack([start for start, *_ in starts]).reshape(*shape, -1)
     returns, lengths, alive = np.zeros(shape), np.zeros(shape), np.ones(shape, bool)
-    dtype, device = envs[0, 0].action_space.dtype, agent.scaler.obs_mean.device
+    dtype, device = environment.get(1)[0].action_space.dtype, agent.scaler.obs_mean.device
     while alive.any():
         actions = agent.act(torch.as_tensor(obs, device=device)).cpu().numpy().astype(dtype)
+        every = list(np.ndindex(shape))
+        results = environment.play([actions[at] if alive[at] else None for at in every])
         for at in zip(*np.nonzero(alive), strict=True):
-            step_obs, reward, terminated, truncated, _ = envs[at].step(actions[at])
-            obs[at], alive[at] = flatten_obs(step_obs), not (terminated or truncated)
-            returns[at] += reward
-            lengths[at] += 1
+            obs[at], reward, ended = results[np.ravel_multi_index(at, shape)]
+            returns[at], lengths[at], alive[at] = returns[at] + reward, lengths[at] + 1, not ended
     return returns, lengths
 
 
@@ -1214,9 +1287,16 @@ def choose_device(name: str) -> torch.device:
 
 
 def compile_losses(agent: nn.Module, cfg, device: torch.device) -> bool:
-    """Compile each of the agent's losses as one graph; `auto`: where the run is long enough."""
-    wanted = cfg.compile == "true" or (cfg.compile == "auto" and cfg.num_updates >= 50_000)
-    if wanted and cfg.compile == "auto":
+    """Compile each of the agent's losses as one graph; `auto`: where a run is long enough to gain.
+
+    Compiling takes about a minute. It saves a tenth on a CPU, more where launching kernels counts.
+    """
+    enough = 5_000 if device.type == "cuda" else 50_000
+    wanted = cfg.compile == "true" or (cfg.compile == "auto" and cfg.num_updates >= enough)
+    if cfg.compile == "auto":
+        chosen = "on" if wanted else "off"
+        print(f"compile: auto is {chosen} (on from {enough:,} updates, on {device.type})")
+    if wanted:
         try:
             torch.compile(torch.sin)(torch.ones(2, device=device))
         except Exception as error:  # whatever a missing or broken compiler brings
@@ -1383,7 +1463,7 @@ class Online:
             raise RunError(f"checkpoint: {where}: resume its own run, or take an earlier one")
         self.run, self.cfg = run, cfg
         self.dataset = dataclasses.replace(dataset, transitions={})  # for its reward transform
-        self.envs = dataclasses.replace(environment, copies=[]).get(cfg.num_seeds)
+        self.envs = dataclasses.replace(environment, copies=[], workers=[]).get(cfg.num_seeds)
         self.running = [[] for _ in self.envs]  # the steps of the episodes that have not ended
         self.episodes = [[] for _ in self.envs]  # (step at its end, return, length) of the others
         self.drawn, self.updates = {}, cfg.online_steps * cfg.updates_per_step

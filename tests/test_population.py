@@ -500,3 +500,28 @@ def test_compiled_by_inductor_equals_eager(name, monkeypatch):
     if not compiler_works():
         pytest.skip("torch.compile finds no C++ compiler here")
     same_compiled(load_script(name), monkeypatch, "inductor")
+
+
+@pytest.mark.parametrize("updates, chosen", [(49_999, "off"), (50_000, "on")])
+def test_auto_says_what_it_chose(updates, chosen, capsys, monkeypatch):
+    iql = load_script("iql")
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    cfg = iql.TrainConfig(num_updates=updates)
+    agent = iql.IQL(cfg, iql.Scaler(torch.zeros(3), torch.ones(3), -torch.ones(1), torch.ones(1)))
+    assert iql.compile_losses(agent, cfg, torch.device("cpu")) == (chosen == "on")
+    assert capsys.readouterr().out.splitlines() == [
+        f"compile: auto is {chosen} (on from 50,000 updates, on cpu)"
+    ]
+
+
+@pytest.mark.parametrize("wish", ["auto", "true"])
+def test_without_a_compiler_a_run_goes_on(wish, capsys, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no compiler")
+
+    iql = load_script("iql")
+    monkeypatch.setattr(torch, "compile", broken)
+    cfg = iql.TrainConfig(num_updates=100_000, compile=wish)
+    agent = iql.IQL(cfg, iql.Scaler(torch.zeros(3), torch.ones(3), -torch.ones(1), torch.ones(1)))
+    assert not iql.compile_losses(agent, cfg, torch.device("cpu"))
+    assert "compile: not possible here (RuntimeError)" in capsys.readouterr().out

@@ -629,6 +629,120 @@ def test_evaluation_equals_a_plain_loop(script, seeds, env_id):
             assert {r["score"] for r in played} == {None}
 
 
+@pytest.fixture
+def three_threads():
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(1)
+
+
+forks = pytest.mark.skipif(sys.platform != "linux", reason="other systems play in one process")
+
+
+@forks
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("name", ["iql", "dt"])
+def test_processes_play_the_same_episodes(name):
+    """Episodes of different lengths, in waves of different sizes."""
+    script = load_script(name)
+    settings = {"env_id": "Ends-v0", "num_seeds": 3, "eval_episodes": 2, "final_eval_episodes": 23}
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        assert script.main(words(run_dir=f"run{threads}", **settings)) == 0
+        found.append(rows(f"run{threads}/episodes.jsonl"))
+    assert len({row["length"] for row in found[0]}) > 3
+    for one, other in zip(*found, strict=True):
+        assert one.keys() == other.keys() and one["length"] == other["length"]
+        assert one["return"] == pytest.approx(other["return"], rel=1e-5)
+
+
+@forks
+@pytest.mark.usefixtures("three_threads")
+def test_shares_of_the_processes(iql):
+    """Four copies or more for each; those that rest are left alone."""
+    environment = iql.Environment(gym.spec("Ends-v0"), {}, (None, None))
+    assert environment.processes == 3
+    for count, processes in ((3, 1), (8, 2), (12, 3), (64, 3), (8, 2)):
+        starts = environment.play(list(range(100, 100 + count)))
+        expected = [gym.make("Ends-v0").reset(seed=100 + i)[0] for i in range(count)]
+        expected = list(map(iql.flatten_obs, expected))
+        assert all(np.array_equal(obs, e) for (obs, *_), e in zip(starts, expected, strict=True))
+        assert len(environment.workers) >= processes - 1
+        tasks = [np.zeros(1, np.float32) if i % 2 else None for i in range(count)]
+        results = environment.play(tasks)
+        assert [result is None for result in results] == [task is None for task in tasks]
+        assert [r[1] for r in results if r] == [100 + i for i in range(1, count, 2)]
+    assert len(environment.workers) == 2
+
+
+class Breaks(Ends):
+    def step(self, action):
+        if self.start == 12:
+            raise ValueError("a wheel came off")
+        return super().step(action)
+
+
+class Vague(Ends):
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        return obs, math.nan, *rest
+
+
+gym.register("Breaks-v0", Breaks, disable_env_checker=True)
+gym.register("Vague-v0", Vague, disable_env_checker=True)
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("threads", [1, pytest.param(3, marks=forks)])
+@pytest.mark.parametrize(
+    "env_id, reason", [("Breaks-v0", "a wheel came off"), ("Vague-v0", "not finite")]
+)
+def test_an_environment_that_fails_in_evaluation(iql, capsys, env_id, reason, threads):
+    torch.set_num_threads(threads)
+    argv = words(env_id=env_id, eval_seed=0, eval_episodes=0, final_eval_episodes=16)
+    assert iql.main(argv) == 1
+    error = capsys.readouterr().err.strip()
+    assert reason in error and len(error.splitlines()) == 1 and "--resume true" in error
+    assert saved("run")["step"] == 6 and not Path("run/result.json").exists()
+
+
+@forks
+def test_processes_end_with_the_script(tmp_path):
+    """Even when it is killed."""
+    code = f"""
+import importlib.util, sys, gymnasium as gym, torch
+spec = importlib.util.spec_from_file_location("iql", {str(REPOSITORY / "algorithms" / "iql.py")!r})
+sys.modules["iql"] = iql = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(iql)
+torch.set_num_threads(3)
+environment = iql.Environment(gym.spec("Pendulum-v1"), {{}}, (None, None))
+environment.play(list(range(12)))
+import multiprocessing
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+input()
+"""
+    script = tmp_path / "plays.py"
+    script.write_text(code)
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, script], **options) as process:
+        children = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(children) == 2
+        process.kill()
+    until = time.monotonic() + 20
+    while any(alive(pid) for pid in children):
+        assert time.monotonic() < until, "a process goes on without its script"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has collected yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_episodes_do_not_depend_on_the_training_seed(iql):
     """The same policy under another name of its seed plays the same episodes."""
     assert iql.main(words(num_seeds=2, seed=3, final_eval_episodes=4)) == 0
