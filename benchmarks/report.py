@@ -29,11 +29,11 @@ COLORS = (
     "#CCBB44",
     "#66CCEE",
     "#AA3377",
-    "#BBBBBB",
     "#EE7733",
     "#882255",
     "#44AA99",
     "#000000",
+    "#BBBBBB",
 )  # Tol, bright, and some more
 NAMES = {"TD3BC": "TD3+BC", "CalQL": "Cal-QL"}  # of classes that cannot be called as their papers
 DIFFERS = "environment_differs"  # set where D4RL's own environment was not to be had
@@ -156,7 +156,7 @@ def picture(groups: dict, path: Path) -> None:
         xlabel = "gradient updates" + (", online behind the dashed line" if online else "")
         axis.set(title=dataset, xlabel=xlabel, ylabel=f"evaluation {unit}")
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
