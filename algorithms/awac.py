@@ -54,6 +54,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import multiprocessing.util
 import os
 import platform
 import re
@@ -531,7 +532,8 @@ def merge_checkpoint(values: dict, fields: dict) -> dict:
     if not any(values.get(name) for name in ("eval_only", "export", "online_steps")):
         saved = {k: v for k, v in saved.items() if fields[k].metadata.get("network")}
     for name in saved.keys() & values.keys():
-        if fields[name].metadata.get("network") and saved[name] != values[name]:
+        fixed = fields[name].metadata.get("network") or name == "seed"  # whose weights they are
+        if fixed and saved[name] != values[name]:
             raise RunError(f"{name} is {saved[name]} in the checkpoint: leave it out")
     return {**saved, **values}
 
@@ -756,9 +758,13 @@ class Environment:
         while len(self.workers) < len(shares) - 1:
             self.workers.append(self.fork())
         workers, results = self.workers[: len(shares) - 1], [None] * len(tasks)
-        for worker, share in zip(workers, shares[1:], strict=True):
-            worker.send(share)
-        answers = [self.play_share(shares[0]), *(worker.recv() for worker in workers)]
+        try:
+            for worker, share in zip(workers, shares[1:], strict=True):
+                worker.send(share)
+            answers = [self.play_share(shares[0]), *(worker.recv() for worker in workers)]
+        except (EOFError, OSError):
+            mend = "(out of memory?); what was saved is kept, --resume true goes on from there"
+            raise RunError(f"a process that plays environments ended {mend}", 1) from None
         for i, answer in enumerate(answers):
             if isinstance(answer, str):
                 mend = "mend it; what was saved is kept, --resume true goes on from there"
@@ -788,7 +794,8 @@ class Environment:
         ours, theirs = context.Pipe()
 
         def work():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # the first process decides
             for pipe in [ours, *self.workers]:
                 pipe.close()
             self.copies = []  # those of the first process stay its own
@@ -798,6 +805,8 @@ class Environment:
 
         context.Process(target=work, daemon=True).start()
         theirs.close()
+        # Before the exit waits for the process, which ends with its pipe.
+        multiprocessing.util.Finalize(self, ours.close, exitpriority=0)
         return ours
 
 
@@ -1371,6 +1380,8 @@ def train(agent_class, cfg, select=None, online=None) -> None:
         run.start(agent, dataset, environment, describe(device, compile_losses(agent, cfg, device)))
         if run.online:
             run.online.start()
+        elif pretrained and not run.saved:
+            run.save()  # so that a resume begins with these weights
         with stop_signals() as asked, progress(run) as bar:
             training_loop(run, asked, bar)
         run.evaluate(cfg.final_eval_episodes, final=True)
@@ -1531,8 +1542,12 @@ class Online:
         self.offline, room = len(run.data["obs"]), cfg.num_seeds * cfg.online_steps
         members = torch.arange(cfg.num_seeds, device=self.device).unsqueeze(-1)
         self.first, self.filled = self.offline + members * cfg.online_steps, 0 * members
-        for name, values in run.data.items():
-            run.data[name] = torch.cat([values, values.new_zeros(room, *values.shape[1:])])
+        try:
+            for name, values in run.data.items():
+                run.data[name] = torch.cat([values, values.new_zeros(room, *values.shape[1:])])
+        except RuntimeError:
+            what = f"online_steps: {cfg.online_steps:,} for each of {cfg.num_seeds} seeds"
+            raise RunError(f"{what} do not fit into memory: take fewer") from None
         self.obs = np.zeros((cfg.num_seeds, *self.dtype["obs"].shape), "f4")
         if self.pretrained:
             run.restore(self.pretrained)

@@ -735,6 +735,57 @@ input()
         time.sleep(0.05)
 
 
+@forks
+@pytest.mark.parametrize("stop", [False, True])
+def test_an_online_run_ends_with_its_processes(stop):
+    """A process of its own with three threads, to its end or to SIGTERM."""
+    settings = {"online_steps": 10**6 if stop else 5, "eval_episodes": 12, "log_every": 10**6}
+    settings |= {"final_eval_episodes": 12, "eval_every": 20, "checkpoint_every": 10**6}
+    argv = [sys.executable, REPOSITORY / "algorithms" / "iql.py", *words(**settings)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "3"}
+    with subprocess.Popen(argv, env=environment, stdout=subprocess.DEVNULL) as process:
+        until = time.monotonic() + 60
+        while stop and len(rows_so_far("run/episodes.jsonl")) < 24:  # the switch, and once more
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.05)
+        if stop:
+            process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(60) == (130 if stop else 0)
+        finally:
+            process.kill()
+    assert saved("run")["step"] >= 6
+
+
+def rows_so_far(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).is_file() else []
+
+
+@forks
+@pytest.mark.usefixtures("three_threads")
+def test_a_process_that_dies_in_evaluation(iql):
+    import multiprocessing
+
+    environment = iql.Environment(gym.spec("Ends-v0"), {}, (None, None))
+    before = set(multiprocessing.active_children())
+    environment.play(list(range(12)))
+    for child in set(multiprocessing.active_children()) - before:
+        child.kill()
+        child.join()
+    with pytest.raises(iql.RunError, match="ended") as stop:
+        environment.play(list(range(12)))
+    assert stop.value.code == 1
+
+
+def test_a_warm_start_is_kept_before_its_first_update(iql, monkeypatch):
+    """A resume would otherwise begin with other weights."""
+    assert iql.main(words()) == 0
+    crash_at(monkeypatch, iql, [*words(run_dir="warm"), "--checkpoint", "run"][:], 1)
+    ours, theirs = saved("warm"), saved("run")
+    assert ours["step"] == 0
+    assert all(torch.equal(ours["agent"][name], theirs["agent"][name]) for name in theirs["agent"])
+
+
 def alive(pid: int) -> bool:
     """Whether a process runs; one that nobody has collected yet does not."""
     try:
@@ -1069,6 +1120,7 @@ def test_a_warm_start_refuses_other_networks(script, refused, name, value):
     argv = without(words(run_dir="warm", checkpoint="run"), name)
     refused(script, [*argv, "--config", "some.yaml"], name, "checkpoint")
     refused(script, ["--checkpoint", "run", "--eval_only", "true", f"--{name}", str(value)], name)
+    refused(script, ["--checkpoint", "run", "--eval_only", "true", "--seed", "9"], "seed is 0")
 
 
 def test_evaluation_of_a_checkpoint_takes_the_settings_of_its_run(iql, capsys):
