@@ -156,7 +156,8 @@ def picture(groups: dict, path: Path) -> None:
         xlabel = "gradient updates" + (", online behind the dashed line" if online else "")
         axis.set(title=dataset, xlabel=xlabel, ylabel=f"evaluation {unit}")
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize="small")
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": 3}
+        axis.legend(frameon=False, fontsize="small", **below)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
