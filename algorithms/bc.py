@@ -122,6 +122,11 @@ def generator(seed: int, stream: str, index: int = 0, device="cpu") -> torch.Gen
     return torch.Generator(device).manual_seed(int(words[0]))
 
 
+def one_of(values: Tensor, every: int) -> Tensor:
+    """The first of each `every`; a slice of all of them would cost a copy of their gradient."""
+    return values if every == 1 else values[::every]
+
+
 class Linear(nn.Module):
     """One linear map for each of S members x E: [S*E, B, in_dim] -> [S*E, B, out_dim].
 
@@ -143,7 +148,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, every: int = 1) -> Tensor:
         """`every` = E runs only the first network of each member: [S, B, in_dim]."""
-        weight, bias = self.weight[::every], self.bias[::every]
+        weight, bias = one_of(self.weight, every), one_of(self.bias, every)
         if weight.shape[-1] == 1:  # a matrix product is slow for a single column
             return (x * weight.mT).sum(-1, keepdim=True) + bias
         return torch.baddbmm(bias, x, weight)
@@ -159,7 +164,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor, every: int = 1) -> Tensor:
         x = F.layer_norm(x, x.shape[-1:])
-        return torch.addcmul(self.bias[::every], x, self.weight[::every])
+        return torch.addcmul(one_of(self.bias, every), x, one_of(self.weight, every))
 
 
 class MLP(nn.Module):

@@ -163,6 +163,11 @@ def generator(seed: int, stream: str, index: int = 0, device="cpu") -> torch.Gen
     return torch.Generator(device).manual_seed(int(words[0]))
 
 
+def one_of(values: Tensor, every: int) -> Tensor:
+    """The first of each `every`; a slice of all of them would cost a copy of their gradient."""
+    return values if every == 1 else values[::every]
+
+
 class Linear(nn.Module):
     """One linear map for each of S members x E: [S*E, B, in_dim] -> [S*E, B, out_dim].
 
@@ -184,7 +189,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, every: int = 1) -> Tensor:
         """`every` = E runs only the first network of each member: [S, B, in_dim]."""
-        weight, bias = self.weight[::every], self.bias[::every]
+        weight, bias = one_of(self.weight, every), one_of(self.bias, every)
         if weight.shape[-1] == 1:  # a matrix product is slow for a single column
             return (x * weight.mT).sum(-1, keepdim=True) + bias
         return torch.baddbmm(bias, x, weight)
@@ -200,7 +205,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor, every: int = 1) -> Tensor:
         x = F.layer_norm(x, x.shape[-1:])
-        return torch.addcmul(self.bias[::every], x, self.weight[::every])
+        return torch.addcmul(one_of(self.bias, every), x, one_of(self.weight, every))
 
 
 class MLP(nn.Module):
@@ -342,7 +347,7 @@ class IQL(Agent):
     """S independent IQL learners; a batch holds [S, B, dim] or [S, B] tensors, a loss is [S]."""
 
     batch_fields = ("obs", "action", "reward", "next_obs", "terminated")
-    compiled = ("value_loss", "actor_loss", "critic_loss")
+    compiled = ("target_q", "value_loss", "v", "actor_loss", "critic_loss")
 
     def __init__(self, cfg: TrainConfig, scaler: Scaler):
         super().__init__()
@@ -365,6 +370,10 @@ class IQL(Agent):
     def q(self, critic: MLP, obs: Tensor, action: Tensor) -> Tensor:
         """Q_i(s,a) of both critics [S, 2, B]."""
         return critic(torch.cat([obs, action], -1)).squeeze(-1)
+
+    def target_q(self, obs: Tensor, action: Tensor) -> Tensor:
+        """min_i Qbar_i(s,a) [S, B]."""
+        return self.q(self.target_critic, obs, action).amin(-2)
 
     def value_loss(self, target_q: Tensor, obs: Tensor) -> Tensor:
         """Equation 5: V rises to the expectile `expectile` of min_i Qbar_i(s,a)."""
@@ -392,7 +401,7 @@ class IQL(Agent):
         """One update of every member: V, then pi and Q with the new V, then the targets."""
         obs, action = batch["obs"], batch["action"]
         with torch.no_grad():
-            target_q = self.q(self.target_critic, obs, action).amin(-2)
+            target_q = self.target_q(obs, action)
         value_loss = self.value_loss(target_q, obs)
         descend(self.value_optimizer, value_loss)
 

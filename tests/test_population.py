@@ -425,6 +425,22 @@ def test_updates_stay_on_the_device(recorded):
     assert mode.seen > 10
 
 
+def test_weights_are_sliced_only_where_a_part_is_meant():
+    """The gradient of a slice is a copy of the whole weight, which took a tenth of an update."""
+
+    def slices(**call):
+        seen, nodes = [], [mlp(torch.ones(2, 4, 3), **call).sum().grad_fn]
+        while nodes:
+            nodes += [node for node, _ in nodes[0].next_functions if node]
+            seen.append(nodes.pop(0).name())
+        return seen.count("SliceBackward0")
+
+    iql = load_script("iql")
+    generators = [iql.generator(seed, "init") for seed in range(2)]
+    mlp = iql.MLP(generators, 3, [5, 5], 1, ensemble=2, layer_norm=True)
+    assert slices() == 0 and slices(first=True) > 0
+
+
 @pytest.mark.parametrize(
     "trap",
     [

@@ -36,6 +36,15 @@ def test_products_are_those_of_the_update(training):
     assert any(stride[-1] != 1 for stride in strides), "transposed products stay transposed"
 
 
+def test_products_of_one_member(tmp_path):
+    """Its critics read one batch, expanded without a copy."""
+    products = speed.Products(speed.Training("iql", 1, "eager", "cpu", tmp_path))
+    strides = [args[1].stride() for _, args, _ in products.calls]
+    assert any(0 in stride for stride in strides)
+    products.window(0.01)
+    assert products.speeds[0] > 0
+
+
 def test_windows_run_whole_updates(training):
     before, weights = training.run.step, training.run.agent.actor.layers[0].weight.clone()
     training.window(0.05)
