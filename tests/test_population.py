@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SEEDS = 3
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 # Set where a script has the field, so that more of it runs: dropout draws noise, a large tau shows.
 THOROUGH = {"actor_dropout": 0.3, "normalize_obs": "true", "tau": 0.1}
 # Phases that a short run reaches, a learned multiplier, a small network beside hidden_dim's.
@@ -461,31 +462,16 @@ def test_the_device_test_has_teeth(trap):
         eval(trap, {"x": x, "torch": torch})
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_updates_are_equal_on_cuda(recorded):
-    cpu, cuda = recorded.new(), recorded.new().to("cuda")
-    calls = pytree.tree_map_only(torch.Tensor, lambda x: x.cuda(), recorded.calls)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with OneDevice("cuda"):
-            found = [cuda.update(*args) for args in calls]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    for ours, theirs in zip(found, update_all(cpu, recorded.calls), strict=True):
-        for name in ours:
-            close(ours[name].cpu(), theirs[name], name, 1e-3)
-
-
-def same_compiled(script, monkeypatch, backend: str) -> None:
+def same_compiled(script, monkeypatch, backend: str, device: str = "cpu") -> None:
     """20 updates, losses compiled as the frame does it, one graph each; none compiles twice."""
-    kept = record(script, monkeypatch, num_updates=20, num_seeds=SEEDS)
-    eager, compiled = kept.new(), kept.new()
+    kept = record(script, monkeypatch, num_updates=20, num_seeds=SEEDS, device=device)
+    eager, compiled = kept.new().to(device), kept.new().to(device)
     assert agent_of(script).compiled, "names no loss to compile"
     torch._dynamo.reset()
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **kw: compile_(f, **{**kw, "backend": backend}))
     cfg = dataclasses.replace(compiled.cfg, compile="true")
-    assert script.compile_losses(compiled, cfg, torch.device("cpu"))
+    assert script.compile_losses(compiled, cfg, torch.device(device))
     torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
         found = update_all(compiled, kept.calls)
@@ -510,7 +496,7 @@ def compiler_works() -> bool:
     return True
 
 
-@pytest.mark.parametrize("name", [name for name in ("bc", "iql") if name in SCRIPTS])
+@pytest.mark.parametrize("name", [name for name in ("bc", "iql", "dt") if name in SCRIPTS])
 def test_compiled_by_inductor_equals_eager(name, monkeypatch):
     """The slow one: `-k 'not inductor'` leaves it out."""
     if not compiler_works():
@@ -541,3 +527,76 @@ def test_without_a_compiler_a_run_goes_on(wish, capsys, monkeypatch):
     agent = iql.IQL(cfg, iql.Scaler(torch.zeros(3), torch.ones(3), -torch.ones(1), torch.ones(1)))
     assert not iql.compile_losses(agent, cfg, torch.device("cpu"))
     assert "compile: not possible here (RuntimeError)" in capsys.readouterr().out
+
+
+# ---- with a GPU
+
+
+@cuda
+def test_updates_are_equal_on_cuda(recorded):
+    """To the CPU's, and without the host waiting for the GPU."""
+    cpu, gpu = recorded.new(), recorded.new().to("cuda")
+    calls = pytree.tree_map_only(torch.Tensor, lambda x: x.cuda(), recorded.calls)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with OneDevice("cuda"):
+            found = [gpu.update(*args) for args in calls]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for ours, theirs in zip(found, update_all(cpu, recorded.calls), strict=True):
+        for name in ours:
+            close(ours[name].cpu(), theirs[name], name, 1e-3)
+
+
+@cuda
+def test_compiled_equals_eager_on_cuda(script, monkeypatch):
+    same_compiled(script, monkeypatch, "inductor", "cuda")
+
+
+@cuda
+@pytest.mark.parametrize("members", [1, 4, 32])
+def test_first_member_of_any_population_on_cuda(script, members, monkeypatch):
+    run = {"device": "cuda", "num_updates": 20}
+    kept = record(script, monkeypatch, "together", num_seeds=members, **run)
+    alone = record(script, monkeypatch, "alone", num_seeds=1, **run)
+    ours, theirs = everything(kept.agent), everything(alone.agent)
+    for name in theirs:
+        if not name.startswith("scaler.") and theirs[name].dim():
+            close(ours[name][: len(theirs[name])], theirs[name], name, 1e-3)
+
+
+@cuda
+def test_a_run_on_cuda_goes_on_and_moves_to_the_cpu(script, monkeypatch):
+    run = {"device": "cuda", "num_updates": 40, "checkpoint_every": 20, "env_id": "auto"}
+    whole = record(script, monkeypatch, "whole", **run)
+    update = script.Run.update
+
+    def stop_at_30(self):
+        if self.step == 30:
+            raise KeyboardInterrupt
+        update(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Run, "update", stop_at_30)
+        more = {name: value for name, value in THOROUGH.items() if name in fields_of(script)}
+        stopped = {"run_dir": "parts", "compile": "false", "num_seeds": SEEDS, **more, **run}
+        assert script.main(words(**stopped)) == 130
+    assert script.main(["--run_dir", "parts", "--resume", "true"]) == 0
+    found, expected = saved_tensors("parts"), saved_tensors(whole.folder)
+    for name in expected:
+        close(found[name].float(), expected[name].float(), name, 1e-3)
+    agent = whole.new()
+    script.load_agent(agent, script.read_checkpoint("whole"))
+    obs = torch.randn(SEEDS, 5, len(agent.scaler.obs_mean))
+    close(whole.agent.act(obs.cuda()).cpu(), agent.act(obs), "actions", 1e-3)
+
+
+@cuda
+def test_updates_keep_no_memory_on_cuda(script, monkeypatch):
+    kept = record(script, monkeypatch, device="cuda", num_updates=20)
+    agent = kept.new().to("cuda")
+    update_all(agent, kept.calls)
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        update_all(agent, kept.calls)
+    assert torch.cuda.memory_allocated() <= before
