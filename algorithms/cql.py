@@ -1252,6 +1252,11 @@ class Run:
             self.wandb.log({**means, **each}, step=self.step)
 
     @property
+    def updates(self) -> int:
+        """Of the whole run."""
+        return self.cfg.num_updates + (self.online.updates if self.online else 0)
+
+    @property
     def over(self) -> bool:
         return self.step >= self.cfg.num_updates and (not self.online or self.online.over)
 
@@ -1441,13 +1446,13 @@ def choose_device(name: str) -> torch.device:
     raise RunError(f"device {name!r} is not to be had here: use auto, cpu or cuda")
 
 
-def compile_losses(agent: nn.Module, cfg, device: torch.device) -> bool:
-    """Compile each of the agent's losses as one graph; `auto`: where a run is long enough to gain.
+def compile_losses(agent: nn.Module, cfg, device: torch.device, updates: int) -> bool:
+    """Compile each of the agent's losses as one graph; `auto`: where `updates` are enough to gain.
 
     Compiling takes about a minute. It saves a tenth on a CPU, more where launching kernels counts.
     """
     enough = 5_000 if device.type == "cuda" else 50_000
-    wanted = cfg.compile == "true" or (cfg.compile == "auto" and cfg.num_updates >= enough)
+    wanted = cfg.compile == "true" or (cfg.compile == "auto" and updates >= enough)
     if cfg.compile == "auto":
         chosen = "on" if wanted else "off"
         print(f"compile: auto is {chosen} (on from {enough:,} updates, on {device.type})")
@@ -1479,7 +1484,9 @@ def train(agent_class, cfg, select=None, online=None) -> None:
         environment = find_environment(cfg, dataset.metadata, agent.scaler)
         if online and cfg.online_steps:
             run.online = online(run, dataset, environment, pretrained)
-        run.start(agent, dataset, environment, describe(device, compile_losses(agent, cfg, device)))
+        compiled = compile_losses(agent, cfg, device, run.updates)
+        about = {**describe(device, compiled), "checkpoint": cfg.checkpoint or None}
+        run.start(agent, dataset, environment, about)
         if run.online:
             run.online.start()
         elif pretrained and not run.saved:
@@ -1517,8 +1524,7 @@ def progress(run: Run) -> tqdm:
     if not sys.stderr.isatty():
         plain = "{n_fmt}/{total_fmt} updates, {rate_fmt}, {remaining} left{postfix}\n"
         style = {"file": sys.stdout, "mininterval": 30, "bar_format": plain}
-    total = run.cfg.num_updates + (run.online.updates if run.online else 0)
-    return tqdm(total=total, initial=run.step, unit=" updates", **style)
+    return tqdm(total=run.updates, initial=run.step, unit=" updates", **style)
 
 
 def training_loop(run: Run, asked: list, bar: tqdm) -> None:

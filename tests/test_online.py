@@ -290,6 +290,7 @@ def test_going_on_equals_the_whole_run(script, whole):
     assert contents("offline") == before
     assert_goes_on(whole)
     assert Path("run/config.yaml").read_bytes() == (whole / "config.yaml").read_bytes()
+    assert json.loads(Path("run/environment.json").read_bytes())["checkpoint"] == "offline"
 
 
 def test_going_on_from_amid_the_offline_updates(iql, whole_of, monkeypatch):

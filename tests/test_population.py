@@ -471,7 +471,7 @@ def same_compiled(script, monkeypatch, backend: str, device: str = "cpu") -> Non
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **kw: compile_(f, **{**kw, "backend": backend}))
     cfg = dataclasses.replace(compiled.cfg, compile="true")
-    assert script.compile_losses(compiled, cfg, torch.device(device))
+    assert script.compile_losses(compiled, cfg, torch.device(device), 20)
     torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
         found = update_all(compiled, kept.calls)
@@ -508,9 +508,9 @@ def test_compiled_by_inductor_equals_eager(name, monkeypatch):
 def test_auto_says_what_it_chose(updates, chosen, capsys, monkeypatch):
     iql = load_script("iql")
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
-    cfg = iql.TrainConfig(num_updates=updates)
+    cfg = iql.TrainConfig()
     agent = iql.IQL(cfg, iql.Scaler(torch.zeros(3), torch.ones(3), -torch.ones(1), torch.ones(1)))
-    assert iql.compile_losses(agent, cfg, torch.device("cpu")) == (chosen == "on")
+    assert iql.compile_losses(agent, cfg, torch.device("cpu"), updates) == (chosen == "on")
     assert capsys.readouterr().out.splitlines() == [
         f"compile: auto is {chosen} (on from 50,000 updates, on cpu)"
     ]
@@ -523,9 +523,9 @@ def test_without_a_compiler_a_run_goes_on(wish, capsys, monkeypatch):
 
     iql = load_script("iql")
     monkeypatch.setattr(torch, "compile", broken)
-    cfg = iql.TrainConfig(num_updates=100_000, compile=wish)
+    cfg = iql.TrainConfig(compile=wish)
     agent = iql.IQL(cfg, iql.Scaler(torch.zeros(3), torch.ones(3), -torch.ones(1), torch.ones(1)))
-    assert not iql.compile_losses(agent, cfg, torch.device("cpu"))
+    assert not iql.compile_losses(agent, cfg, torch.device("cpu"), 100_000)
     assert "compile: not possible here (RuntimeError)" in capsys.readouterr().out
 
 
