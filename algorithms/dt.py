@@ -865,13 +865,16 @@ class Environment:
         results = [None] * len(tasks)
         try:
             for i, (env, task) in enumerate(zip(self.get(len(tasks)), tasks, strict=True)):
+                if task is None:
+                    continue
                 if isinstance(task, int):
-                    results[i] = flatten_obs(env.reset(seed=task)[0]), 0.0, False
-                elif task is not None:
+                    obs, reward, ended = env.reset(seed=task)[0], 0.0, False
+                else:
                     obs, reward, terminated, truncated, _ = env.step(task)
-                    results[i] = flatten_obs(obs), float(reward), terminated or truncated
-                    if not math.isfinite(reward):
-                        raise ValueError("a reward is not finite")
+                    ended = terminated or truncated
+                results[i] = flatten_obs(obs), float(reward), ended
+                if not (math.isfinite(reward) and np.isfinite(results[i][0]).all()):
+                    raise ValueError("an observation or a reward is not finite")
         except Exception as error:  # an environment may raise anything
             return " ".join(str(error).split()) or type(error).__name__
         return results

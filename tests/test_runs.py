@@ -689,14 +689,22 @@ class Vague(Ends):
         return obs, math.nan, *rest
 
 
+class Blind(Ends):
+    def step(self, action):
+        obs, *rest = super().step(action)
+        return obs * math.nan, *rest
+
+
 gym.register("Breaks-v0", Breaks, disable_env_checker=True)
 gym.register("Vague-v0", Vague, disable_env_checker=True)
+gym.register("Blind-v0", Blind, disable_env_checker=True)
 
 
 @pytest.mark.usefixtures("three_threads")
 @pytest.mark.parametrize("threads", [1, pytest.param(3, marks=forks)])
 @pytest.mark.parametrize(
-    "env_id, reason", [("Breaks-v0", "a wheel came off"), ("Vague-v0", "not finite")]
+    "env_id, reason",
+    [("Breaks-v0", "a wheel came off"), ("Vague-v0", "not finite"), ("Blind-v0", "not finite")],
 )
 def test_an_environment_that_fails_in_evaluation(iql, capsys, env_id, reason, threads):
     torch.set_num_threads(threads)
