@@ -636,11 +636,12 @@ class Environment:
         low, high = self.references
         return None if None in (low, high) else 100 * (value - low) / (high - low)
 
-    def play(self, tasks: list) -> list:
+    def play(self, tasks: list, seeds=()) -> list:
         """What comes of tasks[i] for copy i: (obs, reward, whether the episode ends).
 
         A task is a seed to begin an episode with, an action, or None for a copy that rests. The
         copies are shared out among `processes`, four or more to each; torch's threads by default.
+        `seeds` are those of the members, whose copies lie one after the other.
         """
         count = max(1, min(self.processes, len(tasks) // 4)) if sys.platform == "linux" else 1
         shares = [tasks[i::count] for i in range(count)]
@@ -652,18 +653,18 @@ class Environment:
                 worker.send(share)
             answers = [self.play_share(shares[0]), *(worker.recv() for worker in workers)]
         except (EOFError, OSError):
-            mend = "(out of memory?); what was saved is kept, --resume true goes on from there"
-            raise RunError(f"a process that plays environments ended {mend}", 1) from None
+            raise RunError("a process that plays environments ended (out of memory?)", 1) from None
         for i, answer in enumerate(answers):
-            if isinstance(answer, str):
-                mend = "mend it; what was saved is kept, --resume true goes on from there"
-                raise RunError(f"the environment fails in evaluation ({answer}): {mend}", 1)
+            if isinstance(answer, tuple):
+                copy, reason = i + len(shares) * answer[0], answer[1]
+                whose = f" of seed {seeds[copy * len(seeds) // len(tasks)]}" if seeds else ""
+                raise RunError(f"the environment fails in the evaluation{whose} ({reason})", 1)
             results[i :: len(shares)] = answer
         return results
 
     def play_share(self, tasks: list):
-        """The results of this process's tasks, or why an environment fails."""
-        results = [None] * len(tasks)
+        """The results of this process's tasks, or which of them failed and why."""
+        results, i = [None] * len(tasks), 0
         try:
             for i, (env, task) in enumerate(zip(self.get(len(tasks)), tasks, strict=True)):
                 if task is None:
@@ -677,7 +678,7 @@ class Environment:
                 if not (math.isfinite(reward) and np.isfinite(results[i][0]).all()):
                     raise ValueError("an observation or a reward is not finite")
         except Exception as error:  # an environment may raise anything
-            return " ".join(str(error).split()) or type(error).__name__
+            return i, " ".join(str(error).split()) or type(error).__name__
         return results
 
     def fork(self):
@@ -773,15 +774,15 @@ def evaluate(agent: nn.Module, environment: Environment, cfg, episodes: int) -> 
 @one_thread()
 def play(agent: nn.Module, environment: Environment, cfg, numbers: range) -> tuple:
     """Episodes `numbers` of all members side by side: returns and lengths [S, len(numbers)]."""
-    shape = (cfg.num_seeds, len(numbers))
-    starts = environment.play([cfg.eval_seed + numbers[j] for _, j in np.ndindex(shape)])
+    shape, seeds = (cfg.num_seeds, len(numbers)), member_seeds(cfg)
+    starts = environment.play([cfg.eval_seed + numbers[j] for _, j in np.ndindex(shape)], seeds)
     obs = np.stack([start for start, *_ in starts]).reshape(*shape, -1)
     returns, lengths, alive = np.zeros(shape), np.zeros(shape), np.ones(shape, bool)
     dtype, device = environment.get(1)[0].action_space.dtype, agent.scaler.obs_mean.device
     while alive.any():
         actions = agent.act(torch.as_tensor(obs, device=device)).cpu().numpy().astype(dtype)
         every = list(np.ndindex(shape))
-        results = environment.play([actions[at] if alive[at] else None for at in every])
+        results = environment.play([actions[at] if alive[at] else None for at in every], seeds)
         for at in zip(*np.nonzero(alive), strict=True):
             obs[at], reward, ended = results[np.ravel_multi_index(at, shape)]
             returns[at], lengths[at], alive[at] = returns[at] + reward, lengths[at] + 1, not ended
@@ -1050,15 +1051,22 @@ class Run:
     def over(self) -> bool:
         return self.step >= self.cfg.num_updates and (not self.online or self.online.over)
 
+    @property
+    def position(self) -> tuple:
+        """The number of the last update, or online step, and whether its phase ends with it."""
+        if self.online and self.online.steps:
+            return self.online.steps, self.online.over
+        return self.step, self.step == self.cfg.num_updates
+
     def advance(self) -> tuple:
-        """One update, or one online step with its updates; its number, and if it ends its phase."""
+        """One update, or one online step with its updates; the new position."""
         if self.step < self.cfg.num_updates:
             self.update()
-            return self.step, self.step == self.cfg.num_updates
-        self.online.play()
-        for _ in range(self.cfg.updates_per_step):
-            self.update()
-        return self.online.steps, self.online.over
+        else:
+            self.online.play()
+            for _ in range(self.cfg.updates_per_step):
+                self.update()
+        return self.position
 
     def update(self) -> None:
         """One update of all members; its metrics stay on the device."""
@@ -1106,13 +1114,25 @@ class Run:
             return ""
         self.check_finite()
         began = time.perf_counter()
-        rows = evaluate(self.agent, self.environment, self.cfg, episodes)
+        try:
+            rows = evaluate(self.agent, self.environment, self.cfg, episodes)
+        except RunError as error:
+            self.save()
+            mend = f"{self.folder} keeps all before it; mend it and add --resume true"
+            raise RunError(f"{error} at update {self.step}: {mend}", error.code) from None
         seconds, means = time.perf_counter() - began, seed_means(self.cfg, rows)
         self.log("episodes.jsonl", [{"final": final, **row} for row in rows])
         extra = {"final": final, "time/evaluation_seconds": seconds}
         self.log("metrics.jsonl", [{**row, **extra} for row in means])
         key = "eval/score" if "eval/score" in means[0] else "eval/return"
         return f"{key} {sum(row[key] for row in means) / len(means):.1f}"
+
+    def due(self) -> bool:
+        """Whether an evaluation belongs here that an earlier process did not come to."""
+        (number, last), step = self.position, self.online.steps if self.online else None
+        rows = [r for r in self.rows("metrics.jsonl") if r["update"] == self.step and "final" in r]
+        met = any(row.get("environment_step") == step for row in rows)
+        return number > 0 and (number % self.cfg.eval_every == 0 or last) and not met
 
     def finish(self) -> None:
         """Write result.json: the last policy is the headline, the best one takes an oracle."""
@@ -1274,6 +1294,9 @@ def train(agent_class, cfg, select=None, online=None) -> None:
         environment = find_environment(cfg, dataset.metadata, agent.scaler)
         if online and cfg.online_steps:
             run.online = online(run, dataset, environment, pretrained)
+        if run.saved:  # the choice of a run stands
+            before = json.loads((run.folder / "environment.json").read_bytes())
+            cfg = dataclasses.replace(cfg, compile=str(before["compile"]).lower())
         compiled = compile_losses(agent, cfg, device, run.updates)
         about = {**describe(device, compiled), "checkpoint": cfg.checkpoint or None}
         run.start(agent, dataset, environment, about)
@@ -1320,6 +1343,8 @@ def progress(run: Run) -> tqdm:
 def training_loop(run: Run, asked: list, bar: tqdm) -> None:
     """Update, log, evaluate, save; ends between two updates once `asked` is filled."""
     cfg = run.cfg
+    if not run.over and run.due():
+        run.evaluate(cfg.eval_episodes)
     mark, since = time.perf_counter(), run.step
     while not run.over:
         before = run.step

@@ -28,6 +28,7 @@ from test_runs import (
     assert_same_run,
     before_update,
     crash_at,
+    failing_evaluation,
     leaves,
     rows,
     saved,
@@ -253,6 +254,17 @@ def test_a_crash_in_the_final_evaluation(iql, whole_of, monkeypatch):
     assert saved("run")["online_steps"] == 40
     assert iql.main(RESUME) == 0
     assert_same("run", whole_of(iql))
+
+
+@pytest.mark.parametrize("number, at", [(1, 10), (2, 36)])
+def test_an_evaluation_that_failed_is_made_up_for(script, whole, monkeypatch, number, at):
+    """At the switch and behind it."""
+    with monkeypatch.context() as patch:
+        failing_evaluation(patch, script, number)
+        assert script.main(line(script)) == 1
+    assert saved("run")["step"] == at
+    assert script.main(RESUME) == 0
+    assert_same_run("run", whole)
 
 
 # ---- going on from a checkpoint of an offline run
@@ -796,6 +808,15 @@ def test_the_cosine_never_rises(iql, monkeypatch):
     assert [actor for actor, _ in seen] == pytest.approx(rates)
     assert all(b < a for a, b in itertools.pairwise(actor for actor, _ in seen))
     assert {critic for _, critic in seen} == {3e-4}
+
+
+@pytest.mark.parametrize("fell", ["true", "false"])
+def test_a_rate_that_climbs_is_told(iql, capsys, fell):
+    assert iql.main(line(iql, **OFFLINE, cosine_actor_lr=fell)) == 0
+    capsys.readouterr()
+    assert iql.main([*FORK, "--run_dir", "run", "--cosine_actor_lr", "false"]) == 0
+    told = "online: a learning rate climbs from 7.3e-06 to 3.0e-04, the checkpoint's had fallen\n"
+    assert (told in capsys.readouterr().err) == (fell == "true")
 
 
 def test_the_penalties_of_rebrac(monkeypatch):

@@ -194,6 +194,42 @@ def test_resume_after_a_signal(script, whole, monkeypatch, capsys, number, at):
     assert_same_run("run", whole)
 
 
+def failing_evaluation(monkeypatch, script, number: int) -> None:
+    """Evaluation `number` of this process breaks off."""
+    evaluate, calls = script.evaluate, []
+
+    def fails(*args):
+        calls.append(None)
+        if len(calls) == number:
+            raise script.RunError("a wheel came off", 1)
+        return evaluate(*args)
+
+    monkeypatch.setattr(script, "evaluate", fails)
+
+
+@pytest.mark.parametrize("number, at", [(2, 18), (5, 40)])
+def test_an_evaluation_that_failed_is_made_up_for(script, whole, monkeypatch, capsys, number, at):
+    """Nothing before it is lost, however rare checkpoints are; the last one is the final one."""
+    with monkeypatch.context() as patch:
+        failing_evaluation(patch, script, number)
+        assert script.main(long(script)) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: a wheel came off at update {at}: run keeps all before it")
+    assert saved("run")["step"] == at
+    assert script.main(RESUME) == 0
+    assert_same_run("run", whole)
+
+
+def test_the_choice_to_compile_stands(iql, monkeypatch):
+    crash_at(monkeypatch, iql, long(iql, compile="auto"), 23)
+    about = json.loads(Path("run/environment.json").read_bytes())
+    assert about["compile"] is False
+    Path("run/environment.json").write_text(json.dumps({**about, "compile": True}))
+    seen = []
+    monkeypatch.setattr(iql, "compile_losses", lambda _, cfg, *__: seen.append(cfg.compile))
+    assert iql.main(RESUME) == 0 and seen == ["true"]
+
+
 def test_interrupted_twice(script, whole, monkeypatch):
     crash_at(monkeypatch, script, long(script), 22)
     crash_at(monkeypatch, script, RESUME, 15)  # no further checkpoint: from 20 again
@@ -712,7 +748,18 @@ def test_an_environment_that_fails_in_evaluation(iql, capsys, env_id, reason, th
     assert iql.main(argv) == 1
     error = capsys.readouterr().err.strip()
     assert reason in error and len(error.splitlines()) == 1 and "--resume true" in error
+    assert "of seed 0 (" in error and "at update 6" in error
     assert saved("run")["step"] == 6 and not Path("run/result.json").exists()
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("threads", [1, pytest.param(3, marks=forks)])
+def test_the_failing_member_is_named(iql, threads):
+    torch.set_num_threads(threads)
+    environment = iql.Environment(gym.spec("Breaks-v0"), {}, (None, None))
+    environment.play([12 if i == 17 else 0 for i in range(24)])
+    with pytest.raises(iql.RunError, match=r"of seed 7 \(a wheel came off\)"):
+        environment.play([np.zeros(1, np.float32)] * 24, [5, 6, 7, 8])
 
 
 @forks
