@@ -15,9 +15,11 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Optional
 
 import matplotlib
 import numpy as np
+import yaml
 
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt
@@ -37,6 +39,9 @@ COLORS = (
 )  # Tol, bright, and some more
 NAMES = {"TD3BC": "TD3+BC", "CalQL": "Cal-QL"}  # of classes that cannot be called as their papers
 DIFFERS = "environment_differs"  # set where D4RL's own environment was not to be had
+# What runs that are joined may differ in.
+SEEDS_AND_MACHINE = ("seed", "num_seeds", "fallback_dataset_id", "download", "log_every")
+SEEDS_AND_MACHINE += ("checkpoint_every", "device", "compile", "wandb", "wandb_project")
 BEGIN, END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
 
 
@@ -44,14 +49,28 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def identity(result: dict, config: Path) -> str:
+    """What runs have to share to be joined: settings, data and environment."""
+    text = config.read_text(encoding="utf-8") if config.is_file() else ""
+    settings = (yaml.safe_load(text) or {}).items()
+    kept = {name: value for name, value in settings if name not in SEEDS_AND_MACHINE}
+    facts = [result.get(name) for name in ("algorithm", "fingerprint", "env_id", DIFFERS)]
+    return json.dumps([kept, facts], sort_keys=True)
+
+
+def short(commit: Optional[str]) -> str:
+    return (commit or "unknown")[:8] + ("-dirty" if (commit or "").endswith("-dirty") else "")
+
+
 def read_runs(root: Path) -> dict:
-    """{dataset: {(label, updates, online steps): group}} of the finished runs below `root`.
+    """{dataset: {(label, updates, online steps, number): group}} of finished runs below `root`.
 
     A group joins runs that differ in their seeds: "last" and "best" hold a value for each seed,
     "curve" one for each update and seed, "online" what result.json says of that phase. Of a seed
-    that was run twice the later folder counts.
+    that was run twice the later folder counts. Runs of one label that differ in more than seeds
+    have numbers, and rows of their own.
     """
-    groups = {}
+    groups, kinds = {}, {}
     for path in sorted(root.rglob("result.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         if not result["last"]:
@@ -60,7 +79,18 @@ def read_runs(root: Path) -> dict:
         rows = groups.setdefault(result["dataset_id"], {})
         new = {"last": {}, "best": {}, "curve": {}, "online": {}, "result": result, "unit": unit}
         label, online = NAMES.get(result["label"], result["label"]), result.get("online") or {}
-        group = rows.setdefault((label, result["num_updates"], online.get("online_steps", 0)), new)
+        key = (label, result["num_updates"], online.get("online_steps", 0))
+        same = kinds.setdefault((result["dataset_id"], *key), [])
+        what = (unit, identity(result, path.with_name("config.yaml")))
+        if what not in same:
+            same.append(what)
+            if len(same) > 1:
+                problem = f"differs from other runs of {label} in more than seeds"
+                print(
+                    f"{path.parent} {problem}: a row of its own; --label names it", file=sys.stderr
+                )
+        group = rows.setdefault((*key, same.index(what)), new)
+        group.setdefault("commits", {})[short(result["commit"])] = True
         again = group["last"].keys() & {row["seed"] for row in result["last"]}
         if again:
             print(f"{path.parent} replaces earlier runs of seeds {sorted(again)}", file=sys.stderr)
@@ -90,7 +120,7 @@ def table(groups: dict) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for dataset, rows in sorted(groups.items()):
-        for (label, *steps), group in sorted(rows.items(), key=order):
+        for (label, *steps, _), group in sorted(rows.items(), key=order):
             differs = " (environment differs)" if group["result"].get(DIFFERS) else ""
             cells = (
                 dataset,
@@ -100,7 +130,7 @@ def table(groups: dict) -> str:
                 spread(group["last"].values()) + differs,
                 spread(group["best"].values()),
                 group["result"]["final_eval_episodes"],
-                (group["result"]["commit"] or "unknown")[:8],
+                ", ".join(group["commits"]),
             )
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n" + online_table(groups)
@@ -113,7 +143,7 @@ def online_table(groups: dict) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for dataset, rows in sorted(groups.items()):
-        for (label, *steps), group in sorted(rows.items(), key=order):
+        for (label, *steps, _), group in sorted(rows.items(), key=order):
             seeds = group["online"].values()
             if not seeds:
                 continue
@@ -138,11 +168,11 @@ def picture(groups: dict, path: Path) -> None:
     panels = {}
     for dataset, rows in sorted(groups.items()):
         for key, group in sorted(rows.items(), key=order):
-            panels.setdefault((dataset, bool(key[-1])), {})[key] = group
+            panels.setdefault((dataset, bool(key[2])), {})[key] = group
     size = (5.2 * len(panels), 3.8)
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for axis, ((dataset, online), rows) in zip(axes[0], panels.items(), strict=True):
-        for (label, offline, _), group in rows.items():
+        for (label, offline, *_), group in rows.items():
             if online:
                 axis.axvline(offline, color=colors[label], linestyle="--", linewidth=1)
             updates = sorted(group["curve"])

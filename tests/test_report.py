@@ -83,7 +83,7 @@ def test_online_runs_without_scores_have_no_regret(tmp_path):
 def test_runs_of_other_seeds_join_and_a_repeated_seed_counts_once(tmp_path, capsys):
     fake_run(tmp_path / "20260101-000000", seeds=(0, 1), scores=(10.0, 30.0))
     fake_run(tmp_path / "20260102-000000", seeds=(1, 2), scores=(50.0, 90.0))
-    group = report.read_runs(tmp_path)["toy/data-v0"][("IQL", 10, 0)]
+    group = report.read_runs(tmp_path)["toy/data-v0"][("IQL", 10, 0, 0)]
     assert group["last"] == {0: 10.0, 1: 50.0, 2: 90.0}
     assert group["curve"][10] == {0: 10.0, 1: 50.0, 2: 90.0}
     assert "replaces earlier runs of seeds [1]" in capsys.readouterr().err
@@ -124,3 +124,30 @@ def test_errors_are_one_line(case, tmp_path, capsys):
     assert error.startswith("error: ") and error.count("\n") == 1
     if case == "no marks":
         assert (tmp_path / "README.md").read_text() == "nothing here\n"
+
+
+@pytest.mark.parametrize(
+    "change", [{"env_id": "Car-v0"}, {"fingerprint": "ab"}, {"algorithm": "BC"}, "setting"]
+)
+def test_runs_that_differ_in_more_than_seeds_are_not_joined(tmp_path, capsys, change):
+    changes = {} if change == "setting" else change
+    fake_run(tmp_path / "a", seeds=(0, 1))
+    fake_run(tmp_path / "b", seeds=(2, 3), scores=(50.0, 50.0), **changes)
+    if change == "setting":
+        (tmp_path / "a" / "config.yaml").write_text("expectile: 0.7\nseed: 0\n")
+        (tmp_path / "b" / "config.yaml").write_text("expectile: 0.9\nseed: 2\n")
+    groups = report.read_runs(tmp_path)
+    rows = report.table(groups).splitlines()[2:]
+    assert ["20.0 ± 10.0" in row for row in rows] == [True, False]
+    assert "b differs from other runs of IQL in more than seeds" in capsys.readouterr().err
+    report.picture(groups, tmp_path / "report.png")
+
+
+def test_joined_runs_name_each_commit(tmp_path, capsys):
+    for seed, commit in ((0, "a" * 40), (1, "a" * 40), (2, "b" * 40 + "-dirty"), (3, None)):
+        folder = tmp_path / str(seed)
+        fake_run(folder, seeds=(seed,), scores=(1.0,), best=(1.0,), commit=commit)
+        (folder / "config.yaml").write_text(f"expectile: 0.7\nseed: {seed}\ndevice: {seed}\n")
+    row = report.table(report.read_runs(tmp_path)).splitlines()[-1]
+    assert "| 4 |" in row and row.endswith("| aaaaaaaa, bbbbbbbb-dirty, unknown |")
+    assert not capsys.readouterr().err
