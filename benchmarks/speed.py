@@ -12,8 +12,9 @@ The yardstick is `products`: the matrix products of one update (forward and back
 included), recorded in their order and shapes and made again with nothing between them. `fraction`
 is their time divided by the update's: 1 would be an update that costs nothing else. `shares` is a
 profile of the same loop; its parts are named in SHARES, and "Python" is what no operator accounts
-for. FLOPs are torch's own count. `--whole` adds what a user waits for: the time of a process until
-its first update, its peak memory, a short run with its evaluation, and environment steps.
+for. `host_share` is the loop without the agent's update: drawing and gathering batches, logging.
+FLOPs are torch's own count. `--whole` adds what a user waits for: the time of a process until its
+first update and its peak memory, a short run with its evaluation, and environment steps.
 
 FILE.json is rewritten after each script; the table is printed at the end, and with --readme FILE it
 replaces what stands between the marks there.
@@ -87,10 +88,13 @@ class Training:
         words |= {"device": device, "compile": "true" if mode == "compiled" else "false"}
         words |= {"run_dir": folder / f"{name}-{members}-{mode}"}
         argv = [part for key, value in words.items() for part in (f"--{key}", str(value))]
-        cfg = module.parse_config(module.TrainConfig, argv)
+        try:
+            cfg = module.parse_config(module.TrainConfig, argv)
+            self.device = module.choose_device(device)
+        except module.RunError as error:
+            raise SpeedError(str(error)) from None
         kinds = [c for c in vars(module).values() if isinstance(c, type)]
         (kind,) = [c for c in kinds if issubclass(c, module.Agent) and c is not module.Agent]
-        self.device = module.choose_device(device)
         with contextlib.redirect_stdout(io.StringIO()):
             dataset = module.load_dataset(DATA, module.locate_dataset(cfg))
             agent = kind(cfg, module.fit_scaler(dataset, cfg)).to(self.device)
@@ -112,6 +116,20 @@ class Training:
             count += 1
         wait(self.device)
         self.speeds.append(count / (time.perf_counter() - began))
+
+
+def host_seconds(training: Training) -> float:
+    """What the loop takes for each update besides the agent's own work, a log row included."""
+    run, count = training.run, training.run.cfg.log_every
+    update = run.agent.update
+    metrics = dict.fromkeys(("critic_loss", "q"), torch.zeros(training.members))
+    run.agent.update, run.window = lambda *_: metrics, {}
+    began = time.perf_counter()
+    for _ in range(count):
+        run.update()
+    run.log_metrics(0.0)
+    run.agent.update = update
+    return (time.perf_counter() - began) / count
 
 
 class Recorder(TorchDispatchMode):
@@ -205,7 +223,9 @@ def measure(name: str, args, folder: Path, say) -> list:
         variants = [Training(name, members, mode, args.device, folder) for mode in args.modes]
         eager = variants[0] if args.modes[0] == "eager" else None
         eager = eager or Training(name, members, "eager", args.device, folder)
-        flops, products = count_flops(eager), Products(eager)
+        flops, products, host = count_flops(eager), Products(eager), host_seconds(eager)
+        if args.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats(args.device)
         for variant in [*variants, products]:
             variant.window(args.seconds)  # warms caches and compiles
             variant.speeds.clear()
@@ -221,6 +241,9 @@ def measure(name: str, args, folder: Path, say) -> list:
             row |= {"updates_per_second": speed, "in_all": speed * members, "flops": flops}
             row |= {"gflops_per_second": flops * speed / 1e9, "fraction": speed / alone}
             row |= {"products_gflops_per_second": flops * alone / 1e9, "load": max(loads)}
+            row["host_share"] = host * speed
+            if args.device.startswith("cuda"):
+                row["peak_memory_mib"] = torch.cuda.max_memory_allocated(args.device) / 2**20
             if variant.mode == "eager":
                 row["shares"] = profile(variant, max(2, int(speed * args.seconds)))
             rows.append(row)
@@ -232,8 +255,7 @@ def measure(name: str, args, folder: Path, say) -> list:
 
 def process(name: str, **settings) -> tuple:
     """Seconds and peak memory in MiB of a script in a process of its own."""
-    words = {"dataset_id": DATA, "num_seeds": 4, "env_id": "none", "final_eval_episodes": 0}
-    words |= {"log_every": 1, **settings}
+    words = {"dataset_id": DATA, "num_seeds": 4, "env_id": "none", "log_every": 1, **settings}
     argv = [part for key, value in words.items() for part in (f"--{key}", str(value))]
     script = REPOSITORY / "algorithms" / f"{name}.py"
     with tempfile.TemporaryDirectory() as folder:
@@ -253,11 +275,13 @@ def process(name: str, **settings) -> tuple:
 
 
 def whole(name: str, args, say) -> dict:
-    """First updates, memory, a short run with and without evaluation."""
+    """First updates, memory by members, a short run with its evaluation."""
     say(f"{name}, whole processes")
-    first = {"num_updates": 1, "device": args.device}
-    found = {"first_update_seconds": process(name, **first, compile="false")[0]}
-    found["peak_memory_mib"] = process(name, **{**first, "num_updates": 20}, compile="false")[1]
+    first, found = {"num_updates": 1, "device": args.device}, {"peak_memory_mib": {}}
+    found["first_update_seconds"] = process(name, **first, compile="false")[0]
+    for members in args.members:
+        some = {**first, "num_updates": 20, "num_seeds": members, "compile": "false"}
+        found["peak_memory_mib"][members] = process(name, **some)[1]
     if "compiled" in args.modes:
         with tempfile.TemporaryDirectory() as cache:
             old = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
@@ -269,7 +293,8 @@ def whole(name: str, args, say) -> dict:
             if old is not None:
                 os.environ["TORCHINDUCTOR_CACHE_DIR"] = old
     run = {"num_updates": 200, "compile": "false", "device": args.device, "log_every": 100}
-    found["run_of_200_updates_seconds"] = process(name, **run)[0]
+    run |= {"env_id": "auto", "final_eval_episodes": 10}
+    found["run_of_200_updates_and_10_episodes_seconds"] = process(name, **run)[0]
     return found
 
 
@@ -298,7 +323,10 @@ def evaluation(device: str) -> dict:
 
 
 def machine(device: str) -> dict:
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name()
+    try:
+        name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name()
+    except (RuntimeError, AssertionError):
+        raise SpeedError(f"device {device!r} is not to be had here: use cpu or cuda") from None
     git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     about = {"device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
@@ -345,6 +373,19 @@ def fill(readme: Path, text: str) -> None:
     readme.write_text(f"{head}{BEGIN}\n{text}{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
+def positive(kind):
+    """An argument's type: a number above 0."""
+
+    def convert(text: str):
+        value = kind(text)
+        if not value > 0:
+            raise ValueError
+        return value
+
+    convert.__name__ = f"positive {kind.__name__}"
+    return convert
+
+
 def progress(total: int):
     """A function that prints a line with the time left."""
     began, done = time.perf_counter(), []
@@ -362,12 +403,12 @@ def main(argv=None) -> int:
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(description=__doc__, **style)
     parser.add_argument("scripts", nargs="*", metavar="script", help=", ".join(names))
-    parser.add_argument("--members", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--members", nargs="+", type=positive(int), default=[1, 2, 4, 8])
     modes = ["eager", "compiled"]
     parser.add_argument("--modes", nargs="+", choices=modes, default=modes)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of a window")
-    parser.add_argument("--rounds", type=int, default=7, help="windows of each variant")
+    parser.add_argument("--seconds", type=positive(float), default=1.0, help="of a window")
+    parser.add_argument("--rounds", type=positive(int), default=7, help="windows of each variant")
     parser.add_argument("--whole", action="store_true", help="also processes and evaluation")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--readme", type=Path, help="a file whose marked table is replaced")

@@ -65,7 +65,7 @@ def test_json_table_and_readme(tmp_path, capsys):
     assert speed.main(argv) == 0
     (row,) = json.loads((tmp_path / "speed.json").read_text())["rows"]
     assert (row["algorithm"], row["members"], row["mode"]) == ("bc", 2, "eager")
-    assert row["in_all"] == 2 * row["updates_per_second"]
+    assert row["in_all"] == 2 * row["updates_per_second"] and 0 < row["host_share"] < 1
     table = readme.read_text()
     assert table.startswith(f"before\n{speed.BEGIN}\n| script |")
     assert f"| bc | 2 | {row['updates_per_second']:.1f} |" in table and "old" not in table
@@ -83,3 +83,31 @@ def test_errors_are_one_line(case, tmp_path, capsys):
     assert error[-1].startswith("error: ")
     if case == "readme":
         assert (tmp_path / "README.md").read_text() == "nothing here\n"
+
+
+def test_a_device_that_is_not_there(tmp_path, capsys):
+    argv = ["bc", *QUICK, "--device", "cuda:77", "--out", str(tmp_path / "s.json")]
+    assert speed.main(argv) == 2
+    assert (
+        capsys.readouterr().err
+        == "error: device 'cuda:77' is not to be had here: use cpu or cuda\n"
+    )
+
+
+@pytest.mark.parametrize("words", [("--members", "0"), ("--rounds", "0"), ("--seconds", "-1")])
+def test_numbers_below_one(words, capsys):
+    with pytest.raises(SystemExit) as ending:
+        speed.main(["bc", *words])
+    assert ending.value.code == 2
+    assert f"invalid positive {'float' if words[1] == '-1' else 'int'}" in capsys.readouterr().err
+
+
+def test_host_time_is_the_loop_without_the_update(training, monkeypatch):
+    monkeypatch.setattr(training.run.cfg, "log_every", 20)
+    called = []
+    monkeypatch.setattr(training.run, "log_metrics", called.append)
+    before = training.run.agent.actor.layers[0].weight.clone()
+    assert 0 < speed.host_seconds(training) < 0.1
+    assert called and torch.equal(before, training.run.agent.actor.layers[0].weight)
+    training.update()
+    assert not torch.equal(before, training.run.agent.actor.layers[0].weight)
