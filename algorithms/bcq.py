@@ -795,7 +795,7 @@ class Environment:
                     obs, reward, terminated, truncated, _ = env.step(task)
                     ended = terminated or truncated
                 results[i] = flatten_obs(obs), float(reward), ended
-                if not (math.isfinite(reward) and np.isfinite(results[i][0]).all()):
+                if not (math.isfinite(reward) and (ended or np.isfinite(results[i][0]).all())):
                     raise ValueError("an observation or a reward is not finite")
         except Exception as error:  # an environment may raise anything
             return i, " ".join(str(error).split()) or type(error).__name__
@@ -1113,9 +1113,10 @@ class Run:
             raise RunError(f"{problem}: start a new run")
         load_agent(self.agent, saved)
         for name, optimizer in optimizers_of(self.agent).items():
+            rates = [group["lr"] for group in optimizer.param_groups]
             optimizer.load_state_dict(saved["optimizers"][name])
-            for group in optimizer.param_groups:
-                group["fused"] = True
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["fused"], group["lr"] = True, rate  # a fork may have another
         self.step, self.seconds, device = saved["step"], saved["seconds"], self.data["obs"].device
         for name, (updates, values) in saved["window"].items():
             self.window[name] = dict(zip(updates, values.to(device).unbind(), strict=True))
@@ -1417,7 +1418,8 @@ def train(agent_class, cfg, select=None, online=None) -> None:
         if run.saved:  # the choice of a run stands
             before = json.loads((run.folder / "environment.json").read_bytes())
             cfg = dataclasses.replace(cfg, compile=str(before["compile"]).lower())
-        compiled = compile_losses(agent, cfg, device, run.updates)
+        ahead = run.updates - (pretrained["step"] if pretrained and run.online else 0)
+        compiled = compile_losses(agent, cfg, device, ahead)
         about = {**describe(device, compiled), "checkpoint": cfg.checkpoint or None}
         run.start(agent, dataset, environment, about)
         if run.online:

@@ -41,7 +41,7 @@ NAMES = {"TD3BC": "TD3+BC", "CalQL": "Cal-QL"}  # of classes that cannot be call
 DIFFERS = "environment_differs"  # set where D4RL's own environment was not to be had
 # What runs that are joined may differ in.
 SEEDS_AND_MACHINE = ("seed", "num_seeds", "fallback_dataset_id", "download", "log_every")
-SEEDS_AND_MACHINE += ("checkpoint_every", "device", "compile", "wandb", "wandb_project")
+SEEDS_AND_MACHINE += ("checkpoint_every", "device", "compile", "wandb", "wandb_project", "label")
 BEGIN, END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
 
 
@@ -49,13 +49,23 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def identity(result: dict, config: Path) -> str:
-    """What runs have to share to be joined: settings, data and environment."""
-    text = config.read_text(encoding="utf-8") if config.is_file() else ""
-    settings = (yaml.safe_load(text) or {}).items()
+def read(path: Path) -> dict:
+    """A YAML or JSON file; {} where there is none."""
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+
+
+def about(result: dict, folder: Path) -> dict:
+    """What runs have to share to be joined: settings, data, environment, whence they began."""
+    settings = read(folder / "config.yaml").items()
     kept = {name: value for name, value in settings if name not in SEEDS_AND_MACHINE}
-    facts = [result.get(name) for name in ("algorithm", "fingerprint", "env_id", DIFFERS)]
-    return json.dumps([kept, facts], sort_keys=True)
+    facts = {name: result.get(name) for name in ("algorithm", "fingerprint", "env_id", DIFFERS)}
+    started = {"from a checkpoint": bool(read(folder / "environment.json").get("checkpoint"))}
+    return {**kept, **facts, **started}
+
+
+def differences(one: dict, other: dict) -> list[str]:
+    """Settings that a folder lacks are those of an older script: no difference."""
+    return sorted(name for name in one.keys() & other.keys() if one[name] != other[name])
 
 
 def short(commit: Optional[str]) -> str:
@@ -80,16 +90,18 @@ def read_runs(root: Path) -> dict:
         new = {"last": {}, "best": {}, "curve": {}, "online": {}, "result": result, "unit": unit}
         label, online = NAMES.get(result["label"], result["label"]), result.get("online") or {}
         key = (label, result["num_updates"], online.get("online_steps", 0))
-        same = kinds.setdefault((result["dataset_id"], *key), [])
-        what = (unit, identity(result, path.with_name("config.yaml")))
-        if what not in same:
-            same.append(what)
-            if len(same) > 1:
-                problem = f"differs from other runs of {label} in more than seeds"
+        own = {**about(result, path.parent), "unit": unit}
+        others = kinds.setdefault((result["dataset_id"], *key), [])
+        apart = [differences(own, other) for other in others]
+        if [] not in apart:
+            others.append(own)
+            if apart:
+                problem = f"differs from other runs of {label} in {', '.join(apart[0])}"
                 print(
                     f"{path.parent} {problem}: a row of its own; --label names it", file=sys.stderr
                 )
-        group = rows.setdefault((*key, same.index(what)), new)
+            apart.append([])
+        group = rows.setdefault((*key, apart.index([])), new)
         group.setdefault("commits", {})[short(result["commit"])] = True
         again = group["last"].keys() & {row["seed"] for row in result["last"]}
         if again:

@@ -22,6 +22,7 @@ replaces what stands between the marks there.
 
 import argparse
 import contextlib
+import gc
 import importlib.util
 import io
 import json
@@ -121,15 +122,15 @@ class Training:
 def host_seconds(training: Training) -> float:
     """What the loop takes for each update besides the agent's own work, a log row included."""
     run, count = training.run, training.run.cfg.log_every
-    update = run.agent.update
     metrics = dict.fromkeys(("critic_loss", "q"), torch.zeros(training.members))
     run.agent.update, run.window = lambda *_: metrics, {}
     began = time.perf_counter()
     for _ in range(count):
         run.update()
     run.log_metrics(0.0)
-    run.agent.update = update
-    return (time.perf_counter() - began) / count
+    seconds = time.perf_counter() - began
+    del run.agent.update  # the class's own again
+    return seconds / count
 
 
 class Recorder(TorchDispatchMode):
@@ -172,7 +173,9 @@ class Products:
             if value not in self.made:
                 _, shape, stride, dtype, device = value
                 size = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-                numbers = 0.1 * torch.randn(size, dtype=dtype, device=device)
+                numbers = torch.zeros(size, dtype=dtype, device=device)
+                if dtype.is_floating_point:
+                    numbers.normal_(std=0.1)
                 self.made[value] = numbers.as_strided(shape, stride)  # rows may lie on each other
             return self.made[value]
         if isinstance(value, dict):
@@ -215,17 +218,29 @@ def profile(training: Training, updates: int) -> dict:
     return {part: round(share, 3) for part, share in parts.items()}
 
 
+def cuda_memory(name: str, members: int, mode: str, args, folder: Path) -> float:
+    """Peak MiB of one variant that is alone on the device, its data included."""
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats(args.device)
+    before = torch.cuda.memory_allocated(args.device)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        training = Training(name, members, mode, args.device, Path(place))
+        for _ in range(3):
+            training.update()
+    return (torch.cuda.max_memory_allocated(args.device) - before) / 2**20
+
+
 def measure(name: str, args, folder: Path, say) -> list:
     """Rows of a script, one for each number of members and mode."""
     rows = []
     for members in args.members:
         say(f"{name}, {members} members")
+        if args.device.startswith("cuda"):
+            memory = {mode: cuda_memory(name, members, mode, args, folder) for mode in args.modes}
         variants = [Training(name, members, mode, args.device, folder) for mode in args.modes]
         eager = variants[0] if args.modes[0] == "eager" else None
         eager = eager or Training(name, members, "eager", args.device, folder)
         flops, products, host = count_flops(eager), Products(eager), host_seconds(eager)
-        if args.device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats(args.device)
         for variant in [*variants, products]:
             variant.window(args.seconds)  # warms caches and compiles
             variant.speeds.clear()
@@ -243,7 +258,7 @@ def measure(name: str, args, folder: Path, say) -> list:
             row |= {"products_gflops_per_second": flops * alone / 1e9, "load": max(loads)}
             row["host_share"] = host * speed
             if args.device.startswith("cuda"):
-                row["peak_memory_mib"] = torch.cuda.max_memory_allocated(args.device) / 2**20
+                row["peak_memory_mib"] = memory[variant.mode]
             if variant.mode == "eager":
                 row["shares"] = profile(variant, max(2, int(speed * args.seconds)))
             rows.append(row)
@@ -253,25 +268,31 @@ def measure(name: str, args, folder: Path, say) -> list:
 # ---- what a user waits for ----
 
 
+# Linux lends a process the peak memory of the one that starts it: a small one has to.
+LAUNCHER = """
+import os, subprocess, sys, time
+began = time.perf_counter()
+child = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(child.pid, 0)
+print(time.perf_counter() - began, usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
 def process(name: str, **settings) -> tuple:
     """Seconds and peak memory in MiB of a script in a process of its own."""
     words = {"dataset_id": DATA, "num_seeds": 4, "env_id": "none", "log_every": 1, **settings}
     argv = [part for key, value in words.items() for part in (f"--{key}", str(value))]
     script = REPOSITORY / "algorithms" / f"{name}.py"
     with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
-        child = subprocess.Popen(
-            [sys.executable, script, *argv, "--run_dir", f"{folder}/run"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        message = child.stderr.read().decode()
-        _, status, usage = os.wait4(child.pid, 0)
-        seconds = time.perf_counter() - began
-    if status:
-        raise SpeedError(f"{name} ended with {status}: {message.strip().splitlines()[-1:]}")
+        command = [sys.executable, "-c", LAUNCHER, sys.executable, script, *argv]
+        done = subprocess.run([*command, "--run_dir", f"{folder}/run"], capture_output=True)
+    if done.returncode:
+        message = done.stderr.decode().strip().splitlines()
+        raise SpeedError(f"{name} ended with {done.returncode}: {message[-1:]}")
+    seconds, memory = map(float, done.stdout.split())
     unit = 2**20 if platform.system() == "Darwin" else 2**10
-    return round(seconds, 2), round(usage.ru_maxrss / unit)
+    return round(seconds, 2), round(memory / unit)
 
 
 def whole(name: str, args, say) -> dict:

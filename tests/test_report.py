@@ -126,20 +126,29 @@ def test_errors_are_one_line(case, tmp_path, capsys):
         assert (tmp_path / "README.md").read_text() == "nothing here\n"
 
 
-@pytest.mark.parametrize(
-    "change", [{"env_id": "Car-v0"}, {"fingerprint": "ab"}, {"algorithm": "BC"}, "setting"]
-)
-def test_runs_that_differ_in_more_than_seeds_are_not_joined(tmp_path, capsys, change):
-    changes = {} if change == "setting" else change
+DIFFERENT = [
+    ({"env_id": "Car-v0"}, "env_id"),
+    ({"fingerprint": "ab"}, "fingerprint"),
+    ({"algorithm": "BC"}, "algorithm"),
+    ("setting", "expectile"),
+    ("start", "from a checkpoint"),
+]
+
+
+@pytest.mark.parametrize("change, name", DIFFERENT)
+def test_runs_that_differ_in_more_than_seeds_are_not_joined(tmp_path, capsys, change, name):
+    changes = {} if isinstance(change, str) else change
     fake_run(tmp_path / "a", seeds=(0, 1))
     fake_run(tmp_path / "b", seeds=(2, 3), scores=(50.0, 50.0), **changes)
     if change == "setting":
         (tmp_path / "a" / "config.yaml").write_text("expectile: 0.7\nseed: 0\n")
         (tmp_path / "b" / "config.yaml").write_text("expectile: 0.9\nseed: 2\n")
+    if change == "start":
+        (tmp_path / "b" / "environment.json").write_text('{"checkpoint": "runs/a"}')
     groups = report.read_runs(tmp_path)
     rows = report.table(groups).splitlines()[2:]
     assert ["20.0 ± 10.0" in row for row in rows] == [True, False]
-    assert "b differs from other runs of IQL in more than seeds" in capsys.readouterr().err
+    assert f"b differs from other runs of IQL in {name}: a row" in capsys.readouterr().err
     report.picture(groups, tmp_path / "report.png")
 
 
@@ -147,7 +156,9 @@ def test_joined_runs_name_each_commit(tmp_path, capsys):
     for seed, commit in ((0, "a" * 40), (1, "a" * 40), (2, "b" * 40 + "-dirty"), (3, None)):
         folder = tmp_path / str(seed)
         fake_run(folder, seeds=(seed,), scores=(1.0,), best=(1.0,), commit=commit)
-        (folder / "config.yaml").write_text(f"expectile: 0.7\nseed: {seed}\ndevice: {seed}\n")
+        newer = f"label: IQL\nonline_steps: {seed - 1}\n" if seed == 1 else "label: ''\n"
+        text = f"expectile: 0.7\nseed: {seed}\ndevice: {seed}\n{newer}"
+        (folder / "config.yaml").write_text(text)
     row = report.table(report.read_runs(tmp_path)).splitlines()[-1]
     assert "| 4 |" in row and row.endswith("| aaaaaaaa, bbbbbbbb-dirty, unknown |")
     assert not capsys.readouterr().err

@@ -111,3 +111,17 @@ def test_host_time_is_the_loop_without_the_update(training, monkeypatch):
     assert called and torch.equal(before, training.run.agent.actor.layers[0].weight)
     training.update()
     assert not torch.equal(before, training.run.agent.actor.layers[0].weight)
+
+
+def test_peak_memory_is_the_process_s_own():
+    """Not that of the benchmark, which holds many trainings."""
+    run = {"num_updates": 1, "compile": "false", "num_seeds": 1}
+    before = speed.process("bc", **run)[1]
+    held = torch.ones(2**28)  # 1 GiB
+    after = speed.process("bc", **run)[1]
+    assert held.all() and 100 < before and abs(after - before) < 300
+
+
+def test_a_process_that_fails():
+    with pytest.raises(speed.SpeedError, match=r"bc ended with 2: .*batch_size"):
+        speed.process("bc", batch_size=0)
