@@ -99,7 +99,7 @@ def test_table_is_what_the_results_give():
 
 
 def test_stored_results_agree_with_their_own_episodes():
-    """A row's score is the mean of the episodes beside it, of the first target where there are any."""
+    """A row's score is the mean of the episodes beside it, of the first target if any."""
     for folder in {path.parent for path in RESULTS.rglob("result.json")}:
         result = report.json.loads((folder / "result.json").read_text())
         episodes = report.read_rows(folder / "episodes.jsonl")
