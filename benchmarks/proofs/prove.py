@@ -300,11 +300,11 @@ def stitching(lab) -> dict:
     maze = {"dataset_id": MAZE, "env_id": "auto", "hidden_dim": 128, "eval_every": 10_000}
     maze |= {"eval_episodes": 20, "final_eval_episodes": 50}
     values = {"reward_scale": 100, "batch_size": 256, "num_updates": 20_000}
-    sequences = {"context": 10, "hidden_dim": 64, "hidden_layers": 2, "target_returns": "1"}
-    sequences |= {"return_scale": 1, "warmup_updates": 300, "actor_lr": 1e-3, "num_updates": 2500}
+    sequences = {"context": 20, "hidden_dim": 64, "hidden_layers": 2, "target_returns": "1"}
+    sequences |= {"return_scale": 1, "warmup_updates": 300, "actor_lr": 1e-3}
     settings = {
         "BC": ("bc", {"num_updates": 10_000}),
-        "DT": ("dt", sequences),
+        "DT": ("dt", {**sequences, "num_updates": 10_000}),
         "IQL": ("iql", {**values, "expectile": 0.9, "inverse_temperature": 10}),
         "TD3+BC": ("td3_bc", values),
         "AWAC": ("awac", {**values, "hidden_layers": 2}),
@@ -328,7 +328,7 @@ def returns_follow(numbers: dict) -> bool:
 )
 def dt_targets(lab) -> dict:
     small = {"dataset_id": REPLAY, "env_id": "auto", "hidden_dim": 64, "hidden_layers": 2}
-    small |= {"context": 5, "actor_lr": 1e-3, "warmup_updates": 300, "num_updates": 10_000}
+    small |= {"context": 20, "actor_lr": 1e-3, "warmup_updates": 300, "num_updates": 10_000}
     targets = [f"{share}%" for share in (10, 23, 36, 49, 61, 74, 87, 100)]
     small |= {"target_returns": ", ".join(targets), "eval_every": 10**9, "final_eval_episodes": 50}
     run = lab.train("dt", **small)
