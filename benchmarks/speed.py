@@ -99,7 +99,7 @@ class Training:
         with contextlib.redirect_stdout(io.StringIO()):
             dataset = module.load_dataset(DATA, module.locate_dataset(cfg))
             agent = kind(cfg, module.fit_scaler(dataset, cfg)).to(self.device)
-            module.compile_losses(agent, cfg, self.device, cfg.num_updates)
+            module.compile_update(agent, cfg, self.device, cfg.num_updates)
             self.run = module.Run(cfg, kind.__name__)
             self.run.start(agent, dataset, None, {})
         self.run.step, self.members, self.mode, self.speeds = START, members, mode, []

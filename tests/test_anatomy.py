@@ -246,14 +246,8 @@ def test_agent_reads_like_the_paper(source):
     methods = {n.name: n for n in source.agent.body if isinstance(n, ast.FunctionDef)}
     assert {"__init__", "update", "act"} <= methods.keys()
     assert [a.arg for a in methods["update"].args.args[:3]] == ["self", "batch", "noise"]
-    assigned = {
-        ast.unparse(n.targets[0]): n for n in source.agent.body if isinstance(n, ast.Assign)
-    }
-    compiled = ast.literal_eval(assigned["compiled"].value)
-    for name in {*compiled, *(name for name in methods if name.endswith("_loss")), "update"}:
+    for name in {*(name for name in methods if name.endswith("_loss")), "update"}:
         assert ast.get_docstring(methods[name]), f"{name} has no docstring"
-    losses = {name for name in methods if name.endswith("_loss")}
-    assert losses <= set(compiled), f"not compiled: {losses - set(compiled)}"
 
 
 # ---- deviations
@@ -404,6 +398,8 @@ def test_updates_neither_wait_nor_draw_nor_speak(source):
 def test_updates_branch_on_settings_only(source):
     """A condition calls nothing and looks into no batch, but for shapes: no tensor's value.
 
+    It may ask whether torch.compile is at work.
+
     What this cannot see, such as `if loss > 0`, the run on the meta device does.
     """
     for function in source.in_update:
@@ -412,7 +408,8 @@ def test_updates_branch_on_settings_only(source):
             tests += n.ifs if isinstance(n, ast.comprehension) else []
             for test in tests:
                 inside = [m for m in ast.walk(test) if isinstance(m, (ast.Call, ast.Subscript))]
-                inside = [m for m in inside if ".shape[" not in ast.unparse(m)]
+                harmless = (".shape[", "torch.compiler.is_compiling()")
+                inside = [m for m in inside if not any(h in ast.unparse(m) for h in harmless)]
                 assert not inside, where(source, test)
 
 

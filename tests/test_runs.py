@@ -226,7 +226,7 @@ def test_the_choice_to_compile_stands(iql, monkeypatch):
     assert about["compile"] is False
     Path("run/environment.json").write_text(json.dumps({**about, "compile": True}))
     seen = []
-    monkeypatch.setattr(iql, "compile_losses", lambda _, cfg, *__: seen.append(cfg.compile))
+    monkeypatch.setattr(iql, "compile_update", lambda _, cfg, *__: seen.append(cfg.compile))
     assert iql.main(RESUME) == 0 and seen == ["true"]
 
 
@@ -381,7 +381,6 @@ def test_nan_after_a_checkpoint_in_the_same_log_interval(iql, monkeypatch, capsy
 def test_a_weight_that_is_not_finite(script, monkeypatch, capsys):
     def action(agent, number):
         if number == 6:  # the losses of the last update are still finite without this weight
-            monkeypatch.setattr(agent, "compiled", ())
             agent.register_buffer("extra", torch.tensor([math.inf]))
 
     before_update(monkeypatch, script, action)
@@ -796,6 +795,7 @@ def test_an_online_run_ends_with_its_processes(stop):
     """A process of its own with three threads, to its end or to SIGTERM."""
     settings = {"online_steps": 10**6 if stop else 5, "eval_episodes": 12, "log_every": 10**6}
     settings |= {"final_eval_episodes": 12, "eval_every": 20, "checkpoint_every": 10**6}
+    settings["compile"] = "false"
     argv = [sys.executable, REPOSITORY / "algorithms" / "iql.py", *words(**settings)]
     environment = {**os.environ, "OMP_NUM_THREADS": "3"}
     with subprocess.Popen(argv, env=environment, stdout=subprocess.DEVNULL) as process:

@@ -1,0 +1,114 @@
+"""A compiled update in a run: Adam written out, schedules, resume, going online, forks."""
+
+import math
+
+import pytest
+import torch
+from conftest import SCRIPTS, load_script, words
+from test_online import line
+from test_population import close
+from test_runs import leaves, rows, saved
+
+KINDS = {
+    "Adam": (torch.optim.Adam, 0.0),
+    "Adam with an L2 penalty": (torch.optim.Adam, 0.1),
+    "AdamW": (torch.optim.AdamW, 0.1),
+}
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile without a compiler: it traces, and the graphs run as they are."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: compile_(f, **{**kw, "backend": "eager"}))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adam_written_out_is_torch_optims(iql, kind):
+    """Five steps whose learning rate changes."""
+    optimizer_class, decay = KINDS[kind]
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 4, 5), (3, 1, 5))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    written, own = (
+        optimizer_class(ps, lr=0.1, weight_decay=decay, fused=True) for ps in (ours, theirs)
+    )
+    iql.traceable(written)
+    for step in range(5):
+        gradients = [torch.randn_like(p) for p in ours]
+        for optimizer in (written, own):
+            iql.set_rate(optimizer, 0.1 / (1 + step))
+        iql.written_out(written, gradients)
+        iql.take_step(own, gradients)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+        for name, value in own.state[b].items():
+            torch.testing.assert_close(written.state[a][name], value, rtol=1e-5, atol=1e-7)
+
+
+def same(ours: dict, theirs: dict) -> None:
+    """The tensors of two checkpoints, but for learning rates, which are numbers in eager ones."""
+    ours, theirs = (
+        {name: x for name, x in leaves(each) if isinstance(x, torch.Tensor) and x.dim()}
+        for each in (ours, theirs)
+    )
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        close(ours[name], value, str(name))
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("name", [name for name in ("iql", "dt") if name in SCRIPTS])
+def test_a_compiled_run_follows_its_schedule_and_resumes(name, monkeypatch):
+    """As an eager one, to rounding; one that was cut, as the whole one, to the bit."""
+    script = load_script(name)
+    settings = {"num_updates": 11, "checkpoint_every": 6, "env_id": "none", "normalize_obs": "true"}
+    assert script.main(words(run_dir="eager", compile="false", **settings)) == 0
+    assert script.main(words(run_dir="whole", compile="true", **settings)) == 0
+    assert graphs() == 2  # with the look for a compiler
+    same(saved("whole"), saved("eager"))
+    with monkeypatch.context() as patch:
+        save = script.Run.save
+
+        def stop(run):
+            save(run)
+            raise KeyboardInterrupt
+
+        patch.setattr(script.Run, "save", stop)
+        assert script.main(words(run_dir="cut", compile="true", **settings)) == 130
+    assert script.main(["--run_dir", "cut", "--resume", "true"]) == 0
+    ours, theirs = saved("cut")["agent"], saved("whole")["agent"]
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+    assert rows("cut/metrics.jsonl") == rows("whole/metrics.jsonl")
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("name", [name for name in ("iql", "rebrac") if name in SCRIPTS])
+def test_a_compiled_run_goes_online(name):
+    """ReBRAC's penalties fall with every step there: the graph takes them as numbers."""
+    script = load_script(name)
+    for mode in ("false", "true"):
+        assert script.main(line(script, run_dir=mode, compile=mode, online_steps=12)) == 0
+    same(saved("true"), saved("false"))
+    assert graphs() <= 6
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_compiled_checkpoint_serves_an_eager_fork(iql, capsys):
+    """And its learning rate, a tensor there, is told like any other."""
+    settings = {"env_id": "OnlineToy-v0", "cosine_actor_lr": "false", "num_updates": 6}
+    assert iql.main(words(run_dir="first", compile="true", **settings)) == 0
+    more = {"checkpoint": "first", "online_steps": 3, "actor_lr": 6e-4, "compile": "false"}
+    assert iql.main(words(run_dir="fork", **settings, **more)) == 0
+    assert "the learning rate of actor_optimizer climbs from 3.0e-04 to 6.0e-04" in (
+        capsys.readouterr().err
+    )
+    (group,) = saved("fork")["optimizers"]["actor_optimizer"]["param_groups"]
+    assert math.isclose(group["lr"], 6e-4)
