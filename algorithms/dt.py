@@ -278,7 +278,10 @@ class Agent(nn.Module):
         return {}
 
     def variant(self, step: int) -> tuple:  # noqa: ARG002
-        """What else `update` is told: plain values, such as whether a delayed actor moves."""
+        """What else `update` is told, such as whether a delayed actor moves.
+
+        Each new value compiles anew, but for floats, which `update` gets as tensors [].
+        """
         return ()
 
     def export_inputs(self) -> dict:
@@ -1069,6 +1072,11 @@ def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+def as_tensor(value, device):
+    """A float as a tensor []; other values as they are."""
+    return torch.full((), value, device=device) if isinstance(value, float) else value
+
+
 def draw(agent: nn.Module, cfg, chunk: int, count: int, device, into=None) -> tuple:
     """The randomness of the updates of a chunk, each member's from its own generators.
 
@@ -1250,6 +1258,8 @@ class Run:
             raise RunError(f"{problem}: start a new run")
         load_agent(self.agent, saved)
         for name, optimizer in optimizers_of(self.agent).items():
+            if not saved["optimizers"][name]["state"]:
+                continue  # it has made no step, and `traceable` may have prepared its first
             (group,) = optimizer.param_groups
             kept = {"fused": True, "lr": group["lr"]}  # a fork may have another
             optimizer.load_state_dict(saved["optimizers"][name])
@@ -1340,7 +1350,8 @@ class Run:
         for optimizer, value in agent.learning_rates(self.step).items():
             set_rate(optimizer, value)
         noise = {name: values[:, offset] for name, values in noise.items()}
-        metrics = agent.update(batch, noise, *agent.variant(self.step))
+        variant = [as_tensor(x, rows.device) for x in agent.variant(self.step)]
+        metrics = agent.update(batch, noise, *variant)
         self.step += 1
         for name, value in metrics.items():
             self.window.setdefault(name, {})[self.step] = value
@@ -1517,16 +1528,33 @@ def traceable(optimizer: torch.optim.Optimizer) -> None:
     """Make now what torch.optim makes in its first step, and a tensor of the learning rate."""
     (group,) = optimizer.param_groups
     device = group["params"][0].device
-    group["lr"] = torch.tensor(group["lr"], device=device)
+    group["lr"] = torch.tensor(float(group["lr"]), device=device)
     for p in group["params"]:
         moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         optimizer.state[p] = {"step": torch.zeros((), device=device), **moments}
 
 
-def compile_update(agent: nn.Module, cfg, device: torch.device, updates: int) -> bool:
-    """Compile the agent's update as one graph; `auto`: where `updates` are enough to gain.
+def compiled(update):
+    """`update` as one graph for each variant; where that fails, it is told and `update` goes on."""
+    graph = torch.compile(update, fullgraph=True)
+    failures = torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit
 
-    Compiling takes up to a minute. It saves a third of an update on a CPU.
+    def compiled_update(*args):
+        nonlocal graph
+        try:
+            return graph(*args)
+        except failures as error:  # all of them come before the graph runs
+            print(f"compile: the update fails ({type(error).__name__}), going on without")
+            graph = update
+            return update(*args)
+
+    return compiled_update
+
+
+def compile_update(agent: nn.Module, cfg, device: torch.device, updates: int) -> bool:
+    """Compile the agent's update; `auto`: where `updates` are enough to gain.
+
+    Compiling takes half a minute or more for each variant, and saves up to a third of an update.
     """
     enough = 5_000 if device.type == "cuda" else 20_000
     wanted = cfg.compile == "true" or (cfg.compile == "auto" and updates >= enough)
@@ -1535,15 +1563,15 @@ def compile_update(agent: nn.Module, cfg, device: torch.device, updates: int) ->
         print(f"compile: auto is {chosen} (on from {enough:,} updates, on {device.type})")
     if wanted:
         try:
+            torch._dynamo.config.trace_autograd_ops = True  # gradients are part of the graph
             torch.compile(torch.sin)(torch.ones(2, device=device))
         except Exception as error:  # whatever a missing or broken compiler brings
             print(f"compile: not possible here ({type(error).__name__}), going on without")
             wanted = False
     if wanted:
-        torch._dynamo.config.trace_autograd_ops = True  # gradients are part of the graph
         for optimizer in optimizers_of(agent).values():
             traceable(optimizer)
-        agent.update = torch.compile(agent.update, fullgraph=True)
+        agent.update = compiled(agent.update)
     return wanted
 
 

@@ -1,6 +1,7 @@
 """CQL: losses, gradients and whole updates against float64 computations from the paper."""
 
 import copy
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -363,17 +364,21 @@ def test_alpha_grows_where_the_gap_is_too_large_and_is_bounded():
     assert (agent.alpha() == 1.7e6).all()
 
 
-def test_the_end_of_cloning_compiles_once_more():
+def test_the_end_of_cloning_compiles_once_more(monkeypatch):
     eager, compiled = make_cql(bc_updates=3), make_cql(bc_updates=3)
+    compile_, script = torch.compile, load_script("cql")
     torch._dynamo.reset()
-    loss = torch.compile(compiled.actor_loss, fullgraph=True, backend="aot_eager")
-    compiled.actor_loss = loss
+    with monkeypatch.context() as patch:
+        traced = {"fullgraph": True, "backend": "aot_eager"}
+        patch.setattr(torch, "compile", lambda f, **_: compile_(f, **traced))
+        cfg = dataclasses.replace(compiled.cfg, compile="true")
+        assert script.compile_update(compiled, cfg, torch.device("cpu"), 6)
     torch._dynamo.utils.counters.clear()
     for step in range(6):
         args = (*make_inputs(step), *eager.variant(step))
         expected, found = eager.update(*args), compiled.update(*args)
         for name in expected:
-            torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-7)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
