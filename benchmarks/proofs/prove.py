@@ -291,7 +291,7 @@ def parts_are_joined(numbers: dict) -> bool:
     claim="IQL joins parts of episodes to a way that none of them goes; BC and DT cannot.",
     criterion="In every seed at least 80 % of the episodes reach the goal with IQL, and at most "
     "10 % with BC and with DT. TD3+BC and AWAC are reported as they are.",
-    seconds=900,
+    seconds=4000,
     holds=parts_are_joined,
     axes=("", "share of episodes", "linear"),
 )
@@ -322,7 +322,7 @@ def returns_follow(numbers: dict) -> bool:
 @proof(
     claim="The return that Decision Transformer achieves rises with the return it is asked for.",
     criterion="The rank correlation of target and mean return is at least 0.7, mean over seeds.",
-    seconds=900,
+    seconds=4000,
     holds=returns_follow,
     axes=("target, % of the data's best return", "return", "linear"),
 )
