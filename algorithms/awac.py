@@ -1455,7 +1455,7 @@ def compiled(update):
 def compile_update(agent: nn.Module, cfg, device: torch.device, updates: int) -> bool:
     """Compile the agent's update; `auto`: where `updates` are enough to gain.
 
-    Compiling takes half a minute or more for each variant, and saves up to a third of an update.
+    Compiling takes half a minute, or a whole one, and saves up to a third of an update.
     """
     enough = 5_000 if device.type == "cuda" else 20_000
     wanted = cfg.compile == "true" or (cfg.compile == "auto" and updates >= enough)
