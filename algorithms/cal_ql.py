@@ -320,7 +320,10 @@ class Agent(nn.Module):
         return {name: take_rows(values, rows) for name, values in data.items()}
 
     def noise_shapes(self) -> dict:
-        """The random numbers of `update`: name -> ("normal" or "uniform", shape for one member)."""
+        """The random numbers of `update`: name -> (kind, shape for one member).
+
+        The kind is "normal", "uniform", or a probability: booleans that are True with it.
+        """
         return {}
 
     def variant(self, step: int) -> tuple:  # noqa: ARG002
@@ -371,7 +374,9 @@ def written_out(optimizer: torch.optim.Optimizer, gradients) -> None:
     states = [optimizer.state[p] for p in group["params"]]
     torch._foreach_add_([state["step"] for state in states], 1)
     step = states[0]["step"].double()
-    step_size, root = lr / (1 - beta1**step), (1 - beta2**step).sqrt()
+    # exp, not pow: Inductor would work a pow out again for every few weights
+    correction1, correction2 = (1 - (step * math.log(beta)).exp() for beta in (beta1, beta2))
+    step_size, root = lr / correction1, correction2.sqrt()
     for p, g, state in zip(group["params"], gradients, states, strict=True):
         if decoupled:
             p.mul_(1 - lr * decay)
@@ -1097,15 +1102,29 @@ def draw(agent: nn.Module, cfg, chunk: int, count: int, device, into=None) -> tu
     shapes, size = agent.noise_shapes(), (cfg.num_seeds, chunk_length(agent))
     if into is None:
         rows = torch.empty(*size, cfg.batch_size, dtype=torch.long, device=device)
-        noise = {n: torch.empty(*size, *shape, device=device) for n, (_, shape) in shapes.items()}
+        noise = {}
+        for name, (kind, shape) in shapes.items():
+            dtype = torch.float32 if isinstance(kind, str) else torch.bool
+            noise[name] = torch.empty(*size, *shape, dtype=dtype, device=device)
         into = rows, noise
     rows, noise = into
     for member, seed in enumerate(member_seeds(cfg)):
         rows[member].random_(0, count, generator=generator(seed, "batch", chunk, device))
         for name, (kind, _) in shapes.items():
-            values, g = noise[name][member], generator(seed, name, chunk, device)
-            values.normal_(generator=g) if kind == "normal" else values.uniform_(generator=g)
+            fill(noise[name][member], kind, generator(seed, name, chunk, device))
     return into
+
+
+def fill(values: Tensor, kind, g: torch.Generator) -> None:
+    """Random numbers of a kind; probabilities, of 1/65,536 to 1, are rounded to such steps."""
+    if kind == "normal":
+        values.normal_(generator=g)
+    elif kind == "uniform":
+        values.uniform_(generator=g)
+    else:  # each number of 64 bits makes four of 16: a third of the time
+        words = torch.empty((values.numel() + 3) // 4, dtype=torch.long, device=values.device)
+        bits = words.random_(-(2**63), None, generator=g).view(torch.int16)[: values.numel()]
+        torch.le(bits.view(values.shape), round(kind * 2**16) - 2**15 - 1, out=values)
 
 
 @contextlib.contextmanager

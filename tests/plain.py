@@ -22,7 +22,7 @@ def make_agent(name: str, agent_class: str, **settings):
     return getattr(script, agent_class)(cfg, scaler).double()
 
 
-def make_batch(seed: int, dropout: bool = False) -> tuple[dict, dict]:
+def make_batch(seed: int, dropout: float = 0.0) -> tuple[dict, dict]:
     g = torch.Generator().manual_seed(seed)
     batch = {
         "obs": torch.randn(SEEDS, BATCH, OBS, generator=g),
@@ -32,8 +32,8 @@ def make_batch(seed: int, dropout: bool = False) -> tuple[dict, dict]:
         "terminated": (torch.rand(SEEDS, BATCH, generator=g) < 0.4).double(),
     }
     assert 0 < batch["terminated"].mean() < 1
-    uniform = torch.rand(SEEDS, LAYERS, BATCH, HIDDEN, generator=g)
-    return batch, {"dropout": uniform} if dropout else {}
+    kept = torch.rand(SEEDS, LAYERS, BATCH, HIDDEN, generator=g) >= dropout
+    return batch, {"kept": kept} if dropout else {}
 
 
 # ---- the plain computation

@@ -190,7 +190,7 @@ def plain_masks(noise: dict, k: int, p: float):
     """A hidden unit is dropped with probability p, and scaled by 1 / (1 - p) otherwise."""
     if not noise:
         return None
-    kept = np.where(noise["dropout"][k].numpy() < p, 0.0, 1 / (1 - p))
+    kept = np.where(noise["kept"][k].numpy(), 1 / (1 - p), 0.0)
     assert 0 < (kept == 0).mean() < 1
     return torch.as_tensor(kept)
 
@@ -199,7 +199,7 @@ def plain_masks(noise: dict, k: int, p: float):
 def test_iql_losses_and_gradients(case):
     settings = CASES[case]
     agent = make_iql(**settings)
-    batch, noise = make_batch(8, dropout="actor_dropout" in settings)
+    batch, noise = make_batch(8, dropout=settings.get("actor_dropout", 0))
     plain = [PlainIQL(agent, k) for k in range(SEEDS)]
     target_q = torch.stack([plain[k].q_bar(member(batch, k)) for k in range(SEEDS)])
     v, next_v = (
@@ -245,7 +245,7 @@ def test_iql_updates(case):
     agent = make_iql(**settings)
     plain, clipped = [PlainIQL(agent, k) for k in range(SEEDS)], []
     for seed in (9, 10):
-        batch, noise = make_batch(seed, dropout="actor_dropout" in settings)
+        batch, noise = make_batch(seed, dropout=settings.get("actor_dropout", 0))
         before = copy.deepcopy((batch, noise))
         metrics = agent.update(batch, noise)
         for new, old in zip((batch, noise), before, strict=True):

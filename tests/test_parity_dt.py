@@ -47,8 +47,8 @@ def make_windows(seed: int) -> tuple[dict, dict]:
         "timestep": start[..., None] + torch.arange(K),
         "mask": torch.arange(K) < lengths[..., None],
     }
-    uniform = torch.rand(SEEDS, 5, WINDOWS * K * 3, SIZE["hidden_dim"], generator=g)
-    return batch, {"dropout": uniform}
+    kept = torch.rand(SEEDS, 5, WINDOWS * K * 3, SIZE["hidden_dim"], generator=g) >= 0.3
+    return batch, {"kept": kept}
 
 
 # ---- the plain computation
@@ -124,8 +124,8 @@ class Plain:
         inputs = [batch[n][k, b, :steps] for n in ("obs", "action", "return_to_go", "timestep")]
         keep, p = None, self.cfg.dropout
         if noise:
-            keep = noise["dropout"][k].unflatten(1, (WINDOWS, 3 * K))[:, b, : 3 * steps]
-            keep = torch.where(keep < p, 0.0, 1 / (1 - p))
+            keep = noise["kept"][k].unflatten(1, (WINDOWS, 3 * K))[:, b, : 3 * steps]
+            keep = torch.where(keep, 1 / (1 - p), 0.0)
         return self.forward(*inputs, keep), inputs[1]
 
     def loss(self, batch, noise, k):
@@ -192,8 +192,8 @@ def test_without_dropout_no_noise():
 
 def test_noise_is_one_number_for_each_unit_and_mask():
     agent = make_dt()
-    (kind, shape) = agent.noise_shapes()["dropout"]
-    assert kind == "uniform" and shape == make_windows(0)[1]["dropout"].shape[1:]
+    (kind, shape) = agent.noise_shapes()["kept"]
+    assert kind == 1 - agent.cfg.dropout and shape == make_windows(0)[1]["kept"].shape[1:]
 
 
 @pytest.mark.usefixtures("float64")

@@ -1224,6 +1224,26 @@ def test_random_numbers_that_take_much_memory_are_drawn_in_shorter_chunks(iql):
         assert iql.chunk_length(agent) == length
 
 
+def test_random_booleans_are_independent_and_as_probable_as_asked(iql):
+    """Four of them come from one number: none repeats its neighbours."""
+    values = torch.empty(1001, 401, dtype=torch.bool)  # no multiple of four
+    iql.fill(values, 0.9, torch.Generator().manual_seed(0))
+    flat, noise = values.flatten().double(), 5 / values.numel() ** 0.5
+    assert abs(flat.mean() - 0.9) < 0.3 * noise
+    for lag in range(1, 9):
+        both = torch.stack([flat[:-lag], flat[lag:]])
+        assert abs(torch.corrcoef(both)[0, 1]) < noise
+    lanes = flat[:-1].unflatten(0, (-1, 4)).mean(0)
+    assert (lanes - 0.9).abs().max() < 0.6 * noise
+    for kind, share in ((1 - 1e-9, 1.0), (1.0, 1.0)):
+        iql.fill(values, kind, torch.Generator().manual_seed(0))
+        assert values.double().mean() == share
+    again = torch.empty_like(values)
+    for each in (values, again):
+        iql.fill(each, 0.3, torch.Generator().manual_seed(1))
+    assert torch.equal(values, again) and abs(values.double().mean() - 0.3) < 0.5 * noise
+
+
 def test_runs_with_short_chunks_resume_to_the_bit(iql, monkeypatch):
     monkeypatch.setattr(iql, "chunk_length", lambda _: 4)
     settings = {"num_updates": 11, "checkpoint_every": 6, "env_id": "none", "actor_dropout": 0.3}
