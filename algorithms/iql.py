@@ -323,37 +323,45 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
 
 
 def take_step(optimizer: torch.optim.Optimizer, gradients) -> None:
-    """The optimizer's own step; within torch.compile, which cannot trace that, `written_out`."""
-    if torch.compiler.is_compiling():
-        return written_out(optimizer, gradients)
-    for p, gradient in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
-        p.grad = gradient
-    optimizer.step()
-
-
-@torch.no_grad()
-def written_out(optimizer: torch.optim.Optimizer, gradients) -> None:
-    """A step of Adam (arXiv 1412.6980, algorithm 1) or AdamW (1711.05101) on torch.optim's state.
-
-    The state has to exist, and the learning rate to be a tensor: see `traceable`.
-    """
+    """The optimizer's own step; within torch.compile, which cannot trace it, `adam_step`."""
     (group,) = optimizer.param_groups
-    (beta1, beta2), eps, lr = group["betas"], group["eps"], group["lr"]
-    decay, decoupled = group["weight_decay"], group["decoupled_weight_decay"]
-    states = [optimizer.state[p] for p in group["params"]]
-    torch._foreach_add_([state["step"] for state in states], 1)
-    step = states[0]["step"].double()
-    # exp, not pow: Inductor would work a pow out again for every few weights
-    correction1, correction2 = (1 - (step * math.log(beta)).exp() for beta in (beta1, beta2))
-    step_size, root = lr / correction1, correction2.sqrt()
-    for p, g, state in zip(group["params"], gradients, states, strict=True):
-        if decoupled:
-            p.mul_(1 - lr * decay)
-        elif decay:
-            g = g + decay * p
-        m = state["exp_avg"].lerp_(g, 1 - beta1)
-        v = state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        p.sub_(step_size * m / (v.sqrt() / root + eps))
+    gradients = [each.contiguous() for each in gradients]  # fused kernels do not look at strides
+    if torch.compiler.is_compiling():
+        state = [optimizer.state[p] for p in group["params"]]
+        moments = ([each[name] for each in state] for name in ("exp_avg", "exp_avg_sq", "step"))
+        numbers = group["lr"], *group["betas"], group["eps"], group["weight_decay"]
+        with torch.no_grad():
+            adam_step(
+                group["params"], gradients, *moments, *numbers, group["decoupled_weight_decay"]
+            )
+    else:
+        for p, gradient in zip(group["params"], gradients, strict=True):
+            p.grad = gradient
+        optimizer.step()
+
+
+@torch.library.custom_op("stitch::adam_step", mutates_args=("params", "m", "v", "steps"))
+def adam_step(
+    params: list[Tensor],
+    gradients: list[Tensor],
+    m: list[Tensor],
+    v: list[Tensor],
+    steps: list[Tensor],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+    decoupled: bool,
+) -> None:
+    """Adam (arXiv 1412.6980) or AdamW (1711.05101): torch.optim's fused kernel on its state."""
+    rates = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": decay}
+    kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
+    torch._foreach_add_(steps, 1)
+    kernel(params, gradients, m, v, [], steps, **rates, amsgrad=False, maximize=False)
+
+
+adam_step.register_fake(lambda *_: None)
 
 
 @torch.no_grad()
