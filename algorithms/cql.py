@@ -350,26 +350,46 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     take_step(optimizer, torch.autograd.grad(loss.sum(), group["params"]))
 
 
+@torch.no_grad()
 def take_step(optimizer: torch.optim.Optimizer, gradients) -> None:
-    """The optimizer's own step; within torch.compile, which cannot trace it, `adam_step`."""
+    """The optimizer's own step; torch.compile cannot trace that, and gets the same made otherwise.
+
+    There the state has to exist, and the learning rate to be a tensor: see `traceable`.
+    """
     (group,) = optimizer.param_groups
+    params = group["params"]
     gradients = [each.contiguous() for each in gradients]  # fused kernels do not look at strides
-    if torch.compiler.is_compiling():
-        state = [optimizer.state[p] for p in group["params"]]
-        moments = ([each[name] for each in state] for name in ("exp_avg", "exp_avg_sq", "step"))
-        numbers = group["lr"], *group["betas"], group["eps"], group["weight_decay"]
-        with torch.no_grad():
-            adam_step(
-                group["params"], gradients, *moments, *numbers, group["decoupled_weight_decay"]
-            )
-    else:
-        for p, gradient in zip(group["params"], gradients, strict=True):
+    if not torch.compiler.is_compiling():
+        for p, gradient in zip(params, gradients, strict=True):
             p.grad = gradient
         optimizer.step()
+        return
+    states = [optimizer.state[p] for p in params]
+    moments = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+    rates = group["lr"], *group["betas"], group["eps"], group["weight_decay"]
+    step = adam_in_graph if len(params) <= 32 else adam_kernel
+    step(params, gradients, *moments, *rates, group["decoupled_weight_decay"])
 
 
-@torch.library.custom_op("stitch::adam_step", mutates_args=("params", "m", "v", "steps"))
-def adam_step(
+def adam_in_graph(params, gradients, m, v, steps, lr, beta1, beta2, eps, decay, decoupled) -> None:
+    """Adam (arXiv 1412.6980, algorithm 1) or AdamW (1711.05101), fused with what is around it."""
+    torch._foreach_add_(steps, 1)
+    count = steps[0].double()
+    # exp, not pow: Inductor would work a pow out again for every few weights
+    correction1, correction2 = (1 - (count * math.log(beta)).exp() for beta in (beta1, beta2))
+    step_size, root = lr / correction1, correction2.sqrt()
+    for i, (p, g) in enumerate(zip(params, gradients, strict=True)):
+        if decoupled:
+            p.mul_(1 - lr * decay)
+        elif decay:
+            g = g + decay * p
+        m[i].lerp_(g, 1 - beta1)
+        v[i].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        p.sub_(step_size * m[i] / (v[i].sqrt() / root + eps))
+
+
+@torch.library.custom_op("stitch::adam_kernel", mutates_args=("params", "m", "v", "steps"))
+def adam_kernel(
     params: list[Tensor],
     gradients: list[Tensor],
     m: list[Tensor],
@@ -382,14 +402,14 @@ def adam_step(
     decay: float,
     decoupled: bool,
 ) -> None:
-    """Adam (arXiv 1412.6980) or AdamW (1711.05101): torch.optim's fused kernel on its state."""
+    """The same by torch.optim's kernel, one node of the graph: many tensors compile too long."""
     rates = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": decay}
     kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
     torch._foreach_add_(steps, 1)
     kernel(params, gradients, m, v, [], steps, **rates, amsgrad=False, maximize=False)
 
 
-adam_step.register_fake(lambda *_: None)
+adam_kernel.register_fake(lambda *_: None)
 
 
 @torch.no_grad()

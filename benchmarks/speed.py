@@ -8,16 +8,18 @@ of 3 numbers), through the loop that a run goes through, evaluation apart. Windo
 of a script alternate, so that a busy neighbour slows them alike; the medians are reported, with the
 threads and the load beside them.
 
-The yardstick is `products`: the matrix products of one update (forward and backward, attention
-included), recorded in their order and shapes and made again with nothing between them. `fraction`
-is their time divided by the update's: 1 would be an update that costs nothing else. `shares` is a
-profile of the same loop; its parts are named in SHARES, and "Python" is what no operator accounts
-for. `host_share` is the loop without the agent's update: drawing and gathering batches, logging.
-FLOPs are torch's own count. `--whole` adds what a user waits for: the time of a process until its
-first update and its peak memory, a short run with its evaluation, and environment steps.
+The yardstick is `products`: the matrix products of an update (forward and backward, attention
+included), recorded in their order and shapes and made again with nothing between them; of two
+updates in turn, as some policies move in every second one. `fraction` is their time divided by the
+update's: 1 would be an update that costs nothing else. `shares` is a profile of the same loop; its
+parts are named in SHARES, and "Python" is what no operator accounts for. `host_share` is the loop
+without the agent's update: drawing and gathering batches, logging. `online_share` is what the
+online phase takes besides updates, policy and environments. FLOPs are torch's own count. `--whole`
+adds what a user waits for: the time from the command to the first update's row in the log, peak
+memory, a short run with its evaluation, and environment steps.
 
-FILE.json is rewritten after each script; the table is printed at the end, and with --readme FILE it
-replaces what stands between the marks there.
+FILE.json is rewritten after each script; the tables are printed at the end, and with --readme FILE
+they replace what stands between the marks there.
 """
 
 import argparse
@@ -25,6 +27,7 @@ import contextlib
 import gc
 import importlib.util
 import io
+import itertools
 import json
 import os
 import platform
@@ -45,7 +48,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results" / "speed.json"
 DATA = "datasets/hopper/medium-replay-v0"
 BEGIN, END = "<!-- speed: written by benchmarks/speed.py -->", "<!-- end of speed -->"
+MODES = ["eager", "compiled"]
 START = 10**6  # the first update that is measured: behind every phase of warming up
+CYCLE = 2  # updates after which a script does the same again: policies may be delayed
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "_scaled_dot_product")
 # Operators by the part of an update that they belong to; the first that fits counts.
 SHARES = {
@@ -83,11 +88,11 @@ def wait(device: torch.device) -> None:
 class Training:
     """A script's loop, set up as a run does it, with no environment."""
 
-    def __init__(self, name: str, members: int, mode: str, device: str, folder: Path):
+    def __init__(self, name: str, members: int, mode: str, device: str, folder: Path, **settings):
         module = load_script(name)
         words = {"dataset_id": DATA, "num_seeds": members, "num_updates": 10**7, "env_id": "none"}
         words |= {"device": device, "compile": "true" if mode == "compiled" else "false"}
-        words |= {"run_dir": folder / f"{name}-{members}-{mode}"}
+        words |= {"run_dir": folder / f"{name}-{members}-{mode}", **settings}
         argv = [part for key, value in words.items() for part in (f"--{key}", str(value))]
         try:
             cfg = module.parse_config(module.TrainConfig, argv)
@@ -101,7 +106,12 @@ class Training:
             agent = kind(cfg, module.fit_scaler(dataset, cfg)).to(self.device)
             module.compile_update(agent, cfg, self.device, cfg.num_updates)
             self.run = module.Run(cfg, kind.__name__)
+            if "online_steps" in settings:
+                environment = module.find_environment(cfg, dataset.metadata, agent.scaler)
+                self.run.online = module.Online(self.run, dataset, environment, None)
             self.run.start(agent, dataset, None, {})
+            if self.run.online:
+                self.run.online.start()
         self.run.step, self.members, self.mode, self.speeds = START, members, mode, []
 
     def update(self) -> None:
@@ -112,7 +122,7 @@ class Training:
         """Updates per second over some seconds, among the others' windows."""
         wait(self.device)
         count, began = 0, time.perf_counter()
-        while time.perf_counter() - began < seconds:
+        while count % CYCLE or time.perf_counter() - began < seconds:
             self.update()
             count += 1
         wait(self.device)
@@ -131,6 +141,34 @@ def host_seconds(training: Training) -> float:
     seconds = time.perf_counter() - began
     del run.agent.update  # the class's own again
     return seconds / count
+
+
+def online_share(name: str, args, folder: Path):
+    """The part of the online phase that is bookkeeping, for four members; None: it has no such."""
+    if not hasattr(load_script(name), "Online"):
+        return None
+    settings = {"num_updates": START, "online_steps": 10_000, "env_id": "auto"}
+    run = Training(name, 4, "eager", args.device, folder / "online", **settings).run
+    spent = [0.0]
+
+    def timed(function):
+        def call(*given, **named):
+            began = time.perf_counter()
+            result = function(*given, **named)
+            wait(torch.device(args.device))
+            spent[0] += time.perf_counter() - began
+            return result
+
+        return call
+
+    run.agent.update, run.agent.explore = timed(run.agent.update), timed(run.agent.explore)
+    for env in run.online.envs:
+        env.step, env.reset = timed(env.step), timed(env.reset)
+    run.advance()
+    spent[0], began = 0.0, time.perf_counter()
+    while time.perf_counter() - began < 10 * args.seconds:
+        run.advance()
+    return round(1 - spent[0] / (time.perf_counter() - began), 4)
 
 
 class Recorder(TorchDispatchMode):
@@ -154,18 +192,19 @@ def describe(value):
 
 
 class Products:
-    """The matrix products of one update, made again from random numbers of the same layout."""
+    """The matrix products of updates, made again from random numbers of the same layout."""
 
     mode = "products"
 
     def __init__(self, training: Training):
         self.members, self.device, self.speeds = training.members, training.device, []
-        with Recorder() as recorder:
-            training.update()
-        self.made, self.calls = {}, []
-        for func, args, kwargs in recorder.calls:
-            args, kwargs = self.fill(args), self.fill(kwargs)
-            self.calls.append((func, args, kwargs))
+        self.made, self.updates = {}, []
+        for _ in range(CYCLE):
+            with Recorder() as recorder:
+                training.update()
+            calls = [(f, self.fill(args), self.fill(kwargs)) for f, args, kwargs in recorder.calls]
+            self.updates.append(calls)
+        self.turns = itertools.cycle(self.updates)
 
     def fill(self, value):
         """Random tensors in place of their descriptions; equal ones are made once."""
@@ -183,17 +222,18 @@ class Products:
         return type(value)(map(self.fill, value)) if isinstance(value, (list, tuple)) else value
 
     def update(self) -> None:
-        for func, args, kwargs in self.calls:
+        for func, args, kwargs in next(self.turns):
             func(*args, **kwargs)
 
     window = Training.window
 
 
-def count_flops(training: Training) -> int:
-    """Floating point operations of one update of all members, by torch's counter."""
+def count_flops(training: Training) -> float:
+    """Floating point operations of one update of all members, by torch's counter; the mean."""
     with FlopCounterMode(display=False) as counter:
-        training.update()
-    return counter.get_total_flops()
+        for _ in range(CYCLE):
+            training.update()
+    return counter.get_total_flops() / CYCLE
 
 
 def profile(training: Training, updates: int) -> dict:
@@ -271,51 +311,62 @@ def measure(name: str, args, folder: Path, say) -> list:
 # Linux lends a process the peak memory of the one that starts it: a small one has to.
 LAUNCHER = """
 import os, subprocess, sys, time
+log, first, done = sys.argv[1], 0, 0
 began = time.perf_counter()
-child = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
-_, status, usage = os.wait4(child.pid, 0)
-print(time.perf_counter() - began, usage.ru_maxrss)
+child = subprocess.Popen(sys.argv[2:], stdout=subprocess.DEVNULL)
+while not done:
+    time.sleep(0.01)
+    done, status, usage = os.wait4(child.pid, os.WNOHANG)
+    if not first and os.path.isfile(log) and os.path.getsize(log):
+        first = time.perf_counter() - began
+print(first, time.perf_counter() - began, usage.ru_maxrss)
 sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
 def process(name: str, **settings) -> tuple:
-    """Seconds and peak memory in MiB of a script in a process of its own."""
+    """Seconds to the first log row and to the end, and peak memory in MiB, of a script's process.
+
+    The first update's row, unless `settings` have another log_every.
+    """
     words = {"dataset_id": DATA, "num_seeds": 4, "env_id": "none", "log_every": 1, **settings}
     argv = [part for key, value in words.items() for part in (f"--{key}", str(value))]
     script = REPOSITORY / "algorithms" / f"{name}.py"
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", LAUNCHER, sys.executable, script, *argv]
-        done = subprocess.run([*command, "--run_dir", f"{folder}/run"], capture_output=True)
+        argv += ["--run_dir", f"{folder}/run"]
+        launcher = [sys.executable, "-c", LAUNCHER, f"{folder}/run/metrics.jsonl"]
+        done = subprocess.run([*launcher, sys.executable, script, *argv], capture_output=True)
     if done.returncode:
         message = done.stderr.decode().strip().splitlines()
         raise SpeedError(f"{name} ended with {done.returncode}: {message[-1:]}")
-    seconds, memory = map(float, done.stdout.split())
+    first, seconds, memory = map(float, done.stdout.split())
     unit = 2**20 if platform.system() == "Darwin" else 2**10
-    return round(seconds, 2), round(memory / unit)
+    return round(first, 2), round(seconds, 2), round(memory / unit)
 
 
 def whole(name: str, args, say) -> dict:
-    """First updates, memory by members, a short run with its evaluation."""
+    """First updates, memory by members, a short run with its evaluation, the online phase."""
     say(f"{name}, whole processes")
     first, found = {"num_updates": 1, "device": args.device}, {"peak_memory_mib": {}}
     found["first_update_seconds"] = process(name, **first, compile="false")[0]
     for members in args.members:
-        some = {**first, "num_updates": 20, "num_seeds": members, "compile": "false"}
-        found["peak_memory_mib"][members] = process(name, **some)[1]
+        some = {**first, "num_updates": 4, "num_seeds": members, "compile": "false"}
+        found["peak_memory_mib"][members] = process(name, **some)[2]
     if "compiled" in args.modes:
         with tempfile.TemporaryDirectory() as cache:
             old = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
             for state in ("cold", "warm"):
-                seconds, _ = process(name, **first, compile="true")
+                seconds = process(name, **first, compile="true")[0]
                 found[f"first_compiled_update_seconds_{state}"] = seconds
             os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
             if old is not None:
                 os.environ["TORCHINDUCTOR_CACHE_DIR"] = old
-    run = {"num_updates": 200, "compile": "false", "device": args.device, "log_every": 100}
+    run = {"num_updates": 100, "compile": "false", "device": args.device, "log_every": 100}
     run |= {"env_id": "auto", "final_eval_episodes": 10}
-    found["run_of_200_updates_and_10_episodes_seconds"] = process(name, **run)[0]
+    found["run_of_100_updates_and_10_episodes_seconds"] = process(name, **run)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        found["online_share"] = online_share(name, args, Path(folder))
     return found
 
 
@@ -364,25 +415,50 @@ def cpu_name() -> str:
 
 def table(result: dict) -> str:
     """Markdown, a row for each script and number of members."""
-    lines = [
-        "| script | members | updates/s | times members | compiled | products alone | fraction |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|")
+    names = "script members eager compiled in_all products fraction host_share".split()
+    lines = [f"| {' | '.join(names).replace('_', ' ')} |", "|---" * len(names) + "|"]
     groups = {}
     for row in result["rows"]:
         groups.setdefault((row["algorithm"], row["members"]), {})[row["mode"]] = row
     for (name, members), modes in groups.items():
-        one = modes.get("eager") or modes["compiled"]
-        alone = one["updates_per_second"] / one["fraction"]
-        compiled = modes.get("compiled")
-        cells = [name, members, f"{one['updates_per_second']:.1f}", f"{one['in_all']:.1f}"]
-        cells.append(f"{compiled['updates_per_second']:.1f}" if compiled else "")
-        cells += [f"{alone:.1f}", f"{max(m['fraction'] for m in modes.values()):.2f}"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        best = max(modes.values(), key=lambda row: row["fraction"])
+        alone = best["updates_per_second"] / best["fraction"]
+        speeds = [modes[mode]["updates_per_second"] if mode in modes else None for mode in MODES]
+        cells = [
+            name,
+            members,
+            *(f"{x:.1f}" if x else "" for x in (*speeds, best["in_all"], alone)),
+        ]
+        cells += [f"{best['fraction']:.2f}", f"{best['host_share']:.3f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     about = result["machine"]
     load = max(row["load"] for row in result["rows"])
     words = f"{about['device']}, {about['threads']} threads, torch {about['torch']}"
-    return "\n".join(lines) + f"\n\n{words}; highest load {load:.1f}.\n"
+    text = "\n".join(lines) + f"\n\n{words}; highest load {load:.1f}.\n"
+    return text + (whole_table(result) if result["whole"] else "")
+
+
+def whole_table(result: dict) -> str:
+    """Markdown, a row for each script's processes, and a sentence on evaluation."""
+    names = ["first update, s", "compiled, cold", "compiled, warm", "100 updates + 10 episodes, s"]
+    names += ["online bookkeeping"]
+    keys = ["first_update_seconds", "first_compiled_update_seconds_cold"]
+    keys += ["first_compiled_update_seconds_warm", "run_of_100_updates_and_10_episodes_seconds"]
+    members = list(next(iter(result["whole"].values()))["peak_memory_mib"])
+    names += [f"MiB, {count} member{'s' * (int(count) > 1)}" for count in members]
+    lines = [f"\n| script | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for script, found in result["whole"].items():
+        cells = [f"{found[key]:.1f}" if key in found else "" for key in keys]
+        share = found["online_share"]
+        cells += ["" if share is None else f"{share:.3f}"]
+        cells += [str(found["peak_memory_mib"][count]) for count in members]
+        lines.append(f"| {script} | {' | '.join(cells)} |")
+    if found := result.get("evaluation"):
+        played = f"{found['episodes']} whole Hopper episodes of four members together"
+        took = f"{found['evaluation_seconds']:.1f} s, {found['steps_per_second']:,.0f} steps/s"
+        loading = f"Loading the data: {found['loading_seconds']:.1f} s."
+        lines += ["", f"Evaluation: {played} in {took}. {loading}"]
+    return "\n".join(lines) + "\n"
 
 
 def fill(readme: Path, text: str) -> None:
@@ -425,8 +501,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, **style)
     parser.add_argument("scripts", nargs="*", metavar="script", help=", ".join(names))
     parser.add_argument("--members", nargs="+", type=positive(int), default=[1, 2, 4, 8])
-    modes = ["eager", "compiled"]
-    parser.add_argument("--modes", nargs="+", choices=modes, default=modes)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=positive(float), default=1.0, help="of a window")
     parser.add_argument("--rounds", type=positive(int), default=7, help="windows of each variant")
