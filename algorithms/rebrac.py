@@ -347,7 +347,8 @@ def take_step(optimizer: torch.optim.Optimizer, gradients) -> None:
     states = [optimizer.state[p] for p in params]
     moments = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
     rates = group["lr"], *group["betas"], group["eps"], group["weight_decay"]
-    step = adam_in_graph if len(params) <= 32 else adam_kernel
+    many = len(params) > 32
+    step = adam_kernel if many else adam_in_graph
     step(params, gradients, *moments, *rates, group["decoupled_weight_decay"])
 
 
@@ -389,7 +390,9 @@ def adam_kernel(
     kernel(params, gradients, m, v, [], steps, **rates, amsgrad=False, maximize=False)
 
 
-adam_kernel.register_fake(lambda *_: None)
+@adam_kernel.register_fake
+def adam_kernel_of_fakes(*_) -> None:
+    """Nothing is returned, so tracing has nothing to make."""
 
 
 @torch.no_grad()
