@@ -48,7 +48,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results" / "speed.json"
 DATA = "datasets/hopper/medium-replay-v0"
 BEGIN, END = "<!-- speed: written by benchmarks/speed.py -->", "<!-- end of speed -->"
-MODES = ["eager", "compiled"]
+MODES = {"eager": "false", "compiled": "true", "graphs": "graphs"}  # as `compile` has them
 START = 10**6  # the first update that is measured: behind every phase of warming up
 CYCLE = 2  # updates after which a script does the same again: policies may be delayed
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "_scaled_dot_product")
@@ -91,7 +91,7 @@ class Training:
     def __init__(self, name: str, members: int, mode: str, device: str, folder: Path, **settings):
         module = load_script(name)
         words = {"dataset_id": DATA, "num_seeds": members, "num_updates": 10**7, "env_id": "none"}
-        words |= {"device": device, "compile": "true" if mode == "compiled" else "false"}
+        words |= {"device": device, "compile": MODES[mode]}
         words |= {"run_dir": folder / f"{name}-{members}-{mode}", **settings}
         argv = [part for key, value in words.items() for part in (f"--{key}", str(value))]
         try:
@@ -415,7 +415,8 @@ def cpu_name() -> str:
 
 def table(result: dict) -> str:
     """Markdown, a row for each script and number of members."""
-    names = "script members eager compiled in_all products fraction host_share".split()
+    shown = [mode for mode in MODES if any(row["mode"] == mode for row in result["rows"])]
+    names = ["script", "members", *shown, "in_all", "products", "fraction", "host_share"]
     lines = [f"| {' | '.join(names).replace('_', ' ')} |", "|---" * len(names) + "|"]
     groups = {}
     for row in result["rows"]:
@@ -423,12 +424,8 @@ def table(result: dict) -> str:
     for (name, members), modes in groups.items():
         best = max(modes.values(), key=lambda row: row["fraction"])
         alone = best["updates_per_second"] / best["fraction"]
-        speeds = [modes[mode]["updates_per_second"] if mode in modes else None for mode in MODES]
-        cells = [
-            name,
-            members,
-            *(f"{x:.1f}" if x else "" for x in (*speeds, best["in_all"], alone)),
-        ]
+        speeds = [modes[mode]["updates_per_second"] for mode in shown]
+        cells = [name, members, *(f"{x:.1f}" for x in (*speeds, best["in_all"], alone))]
         cells += [f"{best['fraction']:.2f}", f"{best['host_share']:.3f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     about = result["machine"]
@@ -501,7 +498,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, **style)
     parser.add_argument("scripts", nargs="*", metavar="script", help=", ".join(names))
     parser.add_argument("--members", nargs="+", type=positive(int), default=[1, 2, 4, 8])
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="default: graphs on cuda alone")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=positive(float), default=1.0, help="of a window")
     parser.add_argument("--rounds", type=positive(int), default=7, help="windows of each variant")
@@ -509,6 +506,7 @@ def main(argv=None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--readme", type=Path, help="a file whose marked table is replaced")
     args = parser.parse_args(argv)
+    args.modes = args.modes or list(MODES)[: 3 if args.device.startswith("cuda") else 2]
     scripts = args.scripts or names
     say = progress(len(scripts) * (len(args.members) + args.whole))
     try:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import SCRIPTS, load_script, words
 from test_online import line
-from test_population import close
+from test_population import close, record, update_all
 from test_runs import leaves, rows, saved
+from torch._dynamo.backends.common import aot_autograd
 
 KINDS = {
     "Adam": (torch.optim.Adam, 0.0),
@@ -144,6 +145,72 @@ def test_an_update_that_does_not_compile_goes_on_without(iql, monkeypatch, capsy
     assert capsys.readouterr().out.splitlines().count(told) == 1
     assert iql.main(words(run_dir="eager", compile="false", **settings)) == 0
     same(saved("tried"), saved("eager"))
+
+
+# ---- CUDA graphs, as far as they can be looked at without a GPU
+
+
+def unplaced(script, agent, calls, monkeypatch) -> list[list[str]]:
+    """For each graph, the inputs that it changes and torch does not know to stay in place."""
+    found = []
+
+    def look(graph, _):
+        about = torch._guards.TracingContext.get().fw_metadata
+        changed = set(about.mutated_inp_runtime_indices)
+        assert changed
+        found.append(sorted(changed - set(about.static_input_indices)))
+        return graph
+
+    compile_, backend = torch.compile, aot_autograd(fw_compiler=look, inference_compiler=look)
+    torch._dynamo.reset()
+    torch._dynamo.config.trace_autograd_ops = True  # as `compile_update` does
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", lambda f, **_: compile_(f, fullgraph=True, backend=backend))
+        for optimizer in script.optimizers_of(agent).values():
+            script.traceable(optimizer)
+        agent.update = script.compiled(agent.update, graphs=True)
+    update_all(agent, calls)
+    return found
+
+
+def test_what_an_update_changes_keeps_its_place_in_memory(script, monkeypatch):
+    """Else torch leaves CUDA graphs out, and says so in a log line that nobody reads."""
+    kept = record(script, monkeypatch, num_updates=3)
+    graphs = unplaced(script, kept.new(), kept.calls, monkeypatch)
+    assert graphs and not any(graphs)
+    agent = kept.new()
+    update = agent.update
+
+    def changes_its_batch(batch, *rest):
+        batch["obs"].add_(1)
+        return update(batch, *rest)
+
+    agent.update = changes_its_batch
+    assert all(unplaced(script, agent, kept.calls, monkeypatch)), "the check finds nothing"
+
+
+def test_metrics_outlive_the_next_replay(iql, monkeypatch):
+    """A CUDA graph writes into the same memory each time."""
+    memory, asked = {"loss": torch.zeros(2)}, {}
+
+    def update(step):
+        memory["loss"].fill_(step)
+        return memory
+
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: asked.update(kw) or f)
+    replay = iql.compiled(update, graphs=True)
+    found = [replay(step) for step in range(3)]
+    assert [each["loss"].tolist() for each in found] == [[0, 0], [1, 1], [2, 2]]
+    assert asked == {"fullgraph": True, "mode": "reduce-overhead"}
+
+
+def test_graphs_are_for_cuda(iql, capsys):
+    assert iql.main(words(compile="graphs", num_updates=2, env_id="none")) == 2
+    told = "error: compile: graphs are for cuda, and this runs on cpu: use true"
+    assert capsys.readouterr().err.strip().splitlines()[-1] == told
+
+
+# ---- checkpoints of compiled runs
 
 
 @pytest.mark.usefixtures("traced")

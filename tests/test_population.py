@@ -462,15 +462,16 @@ def test_the_device_test_has_teeth(trap):
         eval(trap, {"x": x, "torch": torch})
 
 
-def same_compiled(script, monkeypatch, backend: str, device: str = "cpu") -> None:
+def same_compiled(script, monkeypatch, backend: str, device="cpu", wish="true") -> None:
     """20 updates, compiled as the frame does it: one graph for each variant of the update."""
     kept = record(script, monkeypatch, num_updates=20, num_seeds=SEEDS, device=device)
     eager, compiled = kept.new().to(device), kept.new().to(device)
     torch._dynamo.reset()
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **kw: compile_(f, **{**kw, "backend": backend}))
-    cfg = dataclasses.replace(compiled.cfg, compile="true")
-    assert script.compile_update(compiled, cfg, torch.device(device), 20)
+    cfg = dataclasses.replace(compiled.cfg, compile=wish)
+    done = script.compile_update(compiled, cfg, torch.device(device), 20)
+    assert done == (True if wish == "true" else wish)
     torch._dynamo.utils.counters.clear()
     found = update_all(compiled, kept.calls)
     told = [[x for x in variant if not torch.is_tensor(x)] for _, _, *variant in kept.calls]
@@ -549,8 +550,11 @@ def test_updates_are_equal_on_cuda(recorded):
 
 
 @cuda
-def test_compiled_equals_eager_on_cuda(script, monkeypatch):
-    same_compiled(script, monkeypatch, "inductor", "cuda")
+@pytest.mark.parametrize("wish", ["true", "graphs"])
+def test_compiled_equals_eager_on_cuda(script, monkeypatch, wish):
+    same_compiled(script, monkeypatch, "inductor", "cuda", wish)
+    skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    assert not skipped, "it ran, but not as CUDA graphs"
 
 
 @cuda
