@@ -507,6 +507,9 @@ def main(argv=None) -> int:
     parser.add_argument("--readme", type=Path, help="a file whose marked table is replaced")
     args = parser.parse_args(argv)
     args.modes = args.modes or list(MODES)[: 3 if args.device.startswith("cuda") else 2]
+    if "graphs" in args.modes and not args.device.startswith("cuda"):
+        print("error: --modes graphs is for cuda: leave it out, or add --device", file=sys.stderr)
+        return 2
     scripts = args.scripts or names
     say = progress(len(scripts) * (len(args.members) + args.whole))
     try:

@@ -118,6 +118,13 @@ def test_a_device_that_is_not_there(tmp_path, capsys):
     )
 
 
+def test_cuda_graphs_on_a_cpu(tmp_path, capsys):
+    argv = ["bc", "--modes", "graphs", "--device", "cpu", "--out", str(tmp_path / "s.json")]
+    assert speed.main(argv) == 2
+    told = "error: --modes graphs is for cuda: leave it out, or add --device\n"
+    assert capsys.readouterr().err == told
+
+
 @pytest.mark.parametrize("words", [("--members", "0"), ("--rounds", "0"), ("--seconds", "-1")])
 def test_numbers_below_one(words, capsys):
     with pytest.raises(SystemExit) as ending:
