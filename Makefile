@@ -74,7 +74,7 @@ train: $(STAMP)
 	@echo 'IQL, $(UPDATES) updates, $(SEEDS) seeds at once. The full length: make train UPDATES=1000000'
 	$(BIN)/python algorithms/iql.py --config $(CONFIG) --num_updates $(UPDATES) \
 		--num_seeds $(SEEDS) --eval_every $(EVAL_EVERY) $(ARGS)
-	$(BIN)/python benchmarks/report.py runs
+	$(BIN)/python tools/report.py runs
 
 # One thread a worker: pytest-xdist already uses every core.
 test: lint

@@ -4,9 +4,9 @@
     python benchmarks/speed.py iql cql --members 1 4 --modes eager --out /tmp/speed.json
 
 Each script trains with its default settings on the bundled Hopper data (observations of 11, actions
-of 3 numbers), through the loop that a run goes through, evaluation apart. Windows of all variants
-of a script alternate, so that a busy neighbour slows them alike; the medians are reported, with the
-threads and the load beside them.
+of 3 numbers), by the updates of a run, evaluation apart. Windows of all variants of a script
+alternate, so that a busy neighbour slows them alike; the medians are reported, with the threads and
+the load beside them.
 
 The yardstick is `products`: the matrix products of an update (forward and backward, attention
 included), recorded in their order and shapes and made again with nothing between them; of two
@@ -18,8 +18,8 @@ online phase takes besides updates, policy and environments. FLOPs are torch's o
 adds what a user waits for: the time from the command to the first update's row in the log, peak
 memory, a short run with its evaluation, and environment steps.
 
-FILE.json is rewritten after each script; the tables are printed at the end, and with --readme FILE
-they replace what stands between the marks there.
+The --out file is rewritten after each script; the tables are printed at the end, and with --readme
+FILE they replace what stands between the marks there.
 """
 
 import argparse
@@ -31,6 +31,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -55,7 +56,7 @@ PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "_scaled_dot_product")
 # Operators by the part of an update that they belong to; the first that fits counts.
 SHARES = {
     "products": ("mm", "bmm", "scaled_dot_product", "flash", "gemm"),
-    "optimizer": ("_fused_adam", "_foreach", "zero_"),
+    "optimizer": ("_fused_adam", "_foreach"),
     "sampling": ("index", "randint", "random_", "uniform_", "normal_", "take", "gather"),
 }
 
@@ -77,6 +78,10 @@ def load_script(name: str):
     return sys.modules[key]
 
 
+def arguments(settings: dict) -> list:
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
 def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -86,33 +91,24 @@ def wait(device: torch.device) -> None:
 
 
 class Training:
-    """A script's loop, set up as a run does it, with no environment."""
+    """A script's run, made as the script makes it; without an environment unless `settings` ask."""
 
     def __init__(self, name: str, members: int, mode: str, device: str, folder: Path, **settings):
         module = load_script(name)
         words = {"dataset_id": DATA, "num_seeds": members, "num_updates": 10**7, "env_id": "none"}
         words |= {"device": device, "compile": MODES[mode]}
         words |= {"run_dir": folder / f"{name}-{members}-{mode}", **settings}
-        argv = [part for key, value in words.items() for part in (f"--{key}", str(value))]
-        try:
-            cfg = module.parse_config(module.TrainConfig, argv)
-            self.device = module.choose_device(device)
-        except module.RunError as error:
-            raise SpeedError(str(error)) from None
         kinds = [c for c in vars(module).values() if isinstance(c, type)]
         (kind,) = [c for c in kinds if issubclass(c, module.Agent) and c is not module.Agent]
-        with contextlib.redirect_stdout(io.StringIO()):
-            dataset = module.load_dataset(DATA, module.locate_dataset(cfg))
-            agent = kind(cfg, module.fit_scaler(dataset, cfg)).to(self.device)
-            module.compile_update(agent, cfg, self.device, cfg.num_updates)
+        try:
+            cfg = module.parse(module.TrainConfig, arguments(words))
             self.run = module.Run(cfg, kind.__name__)
-            if "online_steps" in settings:
-                environment = module.find_environment(cfg, dataset.metadata, agent.scaler)
-                self.run.online = module.Online(self.run, dataset, environment, None)
-            self.run.start(agent, dataset, None, {})
-            if self.run.online:
-                self.run.online.start()
-        self.run.step, self.members, self.mode, self.speeds = START, members, mode, []
+            with contextlib.redirect_stdout(io.StringIO()):
+                module.build(self.run, kind, getattr(module, "Online", None))
+        except module.RunError as error:
+            raise SpeedError(str(error)) from None
+        self.run.step, self.device = START, self.run.agent.obs_mean.device
+        self.members, self.mode, self.speeds = members, mode, []
 
     def update(self) -> None:
         self.run.update()
@@ -132,14 +128,13 @@ class Training:
 def host_seconds(training: Training) -> float:
     """What the loop takes for each update besides the agent's own work, a log row included."""
     run, count = training.run, training.run.cfg.log_every
-    metrics = dict.fromkeys(("critic_loss", "q"), torch.zeros(training.members))
-    run.agent.update, run.window = lambda *_: metrics, {}
+    update, metrics = run.compiled, dict.fromkeys(("loss", "q"), torch.zeros(training.members))
+    run.compiled, run.window = lambda *_: metrics, {}
     began = time.perf_counter()
     for _ in range(count):
         run.update()
-    run.log_metrics(0.0)
-    seconds = time.perf_counter() - began
-    del run.agent.update  # the class's own again
+    run.log_metrics(1.0, count)
+    seconds, run.compiled = time.perf_counter() - began, update
     return seconds / count
 
 
@@ -148,84 +143,70 @@ def online_share(name: str, args, folder: Path):
     if not hasattr(load_script(name), "Online"):
         return None
     settings = {"num_updates": START, "online_steps": 10_000, "env_id": "auto"}
-    run = Training(name, 4, "eager", args.device, folder / "online", **settings).run
-    spent = [0.0]
+    training = Training(name, 4, "eager", args.device, folder, **settings)
+    run, spent = training.run, 0.0
 
     def timed(function):
         def call(*given, **named):
+            nonlocal spent
             began = time.perf_counter()
             result = function(*given, **named)
-            wait(torch.device(args.device))
-            spent[0] += time.perf_counter() - began
+            wait(training.device)
+            spent += time.perf_counter() - began
             return result
 
         return call
 
-    run.agent.update, run.agent.explore = timed(run.agent.update), timed(run.agent.explore)
+    def advance() -> None:
+        run.online.play()
+        for _ in range(run.cfg.updates_per_step):
+            training.update()
+
+    run.compiled, run.agent.explore = timed(run.compiled), timed(run.agent.explore)
     for env in run.online.envs:
         env.step, env.reset = timed(env.step), timed(env.reset)
-    run.advance()
-    spent[0], began = 0.0, time.perf_counter()
+    advance()
+    spent, began = 0.0, time.perf_counter()
     while time.perf_counter() - began < 10 * args.seconds:
-        run.advance()
-    return round(1 - spent[0] / (time.perf_counter() - began), 4)
+        advance()
+    return round(1 - spent / (time.perf_counter() - began), 4)
 
 
-class Recorder(TorchDispatchMode):
-    """Keeps the matrix products that are made, in their order."""
+class Products(TorchDispatchMode):
+    """The matrix products of updates, made again from random numbers of the same layout."""
 
-    def __init__(self):
+    def __init__(self, training: Training):
         super().__init__()
-        self.calls = []
+        self.device, self.speeds, self.made, self.updates = training.device, [], {}, []
+        for _ in range(CYCLE):
+            self.updates.append([])
+            with self:
+                training.update()
+        self.turns = itertools.cycle(self.updates)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.__name__.split(".")[0].startswith(PRODUCTS):
-            self.calls.append((func, *pytree.tree_map(describe, (args, kwargs))))
+            again = pytree.tree_map_only(torch.Tensor, self.like, (args, kwargs))
+            self.updates[-1].append((func, *again))
         return func(*args, **kwargs)
 
+    def like(self, value: torch.Tensor) -> torch.Tensor:
+        """Random numbers laid out as `value`; equal layouts share theirs."""
+        key = shape, strides, dtype = value.shape, value.stride(), value.dtype
+        if key not in self.made:
+            size = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+            numbers = torch.zeros(size, dtype=dtype, device=value.device)
+            if dtype.is_floating_point:
+                numbers.normal_(std=0.1)
+            self.made[key] = numbers.as_strided(shape, strides)  # rows may lie on each other
+        return self.made[key]
 
-def describe(value):
-    if not isinstance(value, torch.Tensor):
-        return value
-    return "tensor", tuple(value.shape), value.stride(), value.dtype, value.device
-
-
-class Products:
-    """The matrix products of updates, made again from random numbers of the same layout."""
-
-    mode = "products"
-
-    def __init__(self, training: Training):
-        self.members, self.device, self.speeds = training.members, training.device, []
-        self.made, self.updates = {}, []
-        for _ in range(CYCLE):
-            with Recorder() as recorder:
-                training.update()
-            calls = [(f, self.fill(args), self.fill(kwargs)) for f, args, kwargs in recorder.calls]
-            self.updates.append(calls)
-        self.turns = itertools.cycle(self.updates)
-
-    def fill(self, value):
-        """Random tensors in place of their descriptions; equal ones are made once."""
-        if isinstance(value, tuple) and value[:1] == ("tensor",):
-            if value not in self.made:
-                _, shape, stride, dtype, device = value
-                size = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-                numbers = torch.zeros(size, dtype=dtype, device=device)
-                if dtype.is_floating_point:
-                    numbers.normal_(std=0.1)
-                self.made[value] = numbers.as_strided(shape, stride)  # rows may lie on each other
-            return self.made[value]
-        if isinstance(value, dict):
-            return {key: self.fill(each) for key, each in value.items()}
-        return type(value)(map(self.fill, value)) if isinstance(value, (list, tuple)) else value
+    window = Training.window
 
     def update(self) -> None:
         for func, args, kwargs in next(self.turns):
             func(*args, **kwargs)
-
-    window = Training.window
 
 
 def count_flops(training: Training) -> float:
@@ -239,9 +220,7 @@ def count_flops(training: Training) -> float:
 def profile(training: Training, updates: int) -> dict:
     """The share of each part of the loop's time."""
     cuda = training.device.type == "cuda"
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    kinds += [torch.profiler.ProfilerActivity.CUDA] if cuda else []
-    with torch.profiler.profile(activities=kinds) as found:
+    with torch.profiler.profile() as found:  # of the devices that there are
         began = time.perf_counter()
         for _ in range(updates):
             training.update()
@@ -263,10 +242,9 @@ def cuda_memory(name: str, members: int, mode: str, args, folder: Path) -> float
     gc.collect()
     torch.cuda.reset_peak_memory_stats(args.device)
     before = torch.cuda.memory_allocated(args.device)
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        training = Training(name, members, mode, args.device, Path(place))
-        for _ in range(3):
-            training.update()
+    training = Training(name, members, mode, args.device, folder / "memory")
+    for _ in range(3):
+        training.update()
     return (torch.cuda.max_memory_allocated(args.device) - before) / 2**20
 
 
@@ -278,20 +256,17 @@ def measure(name: str, args, folder: Path, say) -> list:
         if args.device.startswith("cuda"):
             memory = {mode: cuda_memory(name, members, mode, args, folder) for mode in args.modes}
         variants = [Training(name, members, mode, args.device, folder) for mode in args.modes]
-        eager = variants[0] if args.modes[0] == "eager" else None
+        eager = next((variant for variant in variants if variant.mode == "eager"), None)
         eager = eager or Training(name, members, "eager", args.device, folder)
         flops, products, host = count_flops(eager), Products(eager), host_seconds(eager)
-        for variant in [*variants, products]:
-            variant.window(args.seconds)  # warms caches and compiles
-            variant.speeds.clear()
         loads = []
-        for _ in range(args.rounds):
+        for _ in range(1 + args.rounds):  # the first warms caches and compiles
             for variant in [*variants, products]:
                 variant.window(args.seconds)
             loads.append(os.getloadavg()[0])
-        alone = statistics.median(products.speeds)
+        alone = statistics.median(products.speeds[1:])
         for variant in variants:
-            speed = statistics.median(variant.speeds)
+            speed = statistics.median(variant.speeds[1:])
             row = {"algorithm": name, "members": members, "mode": variant.mode}
             row |= {"updates_per_second": speed, "in_all": speed * members, "flops": flops}
             row |= {"gflops_per_second": flops * speed / 1e9, "fraction": speed / alone}
@@ -324,18 +299,14 @@ sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
-def process(name: str, **settings) -> tuple:
-    """Seconds to the first log row and to the end, and peak memory in MiB, of a script's process.
-
-    The first update's row, unless `settings` have another log_every.
-    """
-    words = {"dataset_id": DATA, "num_seeds": 4, "env_id": "none", "log_every": 1, **settings}
-    argv = [part for key, value in words.items() for part in (f"--{key}", str(value))]
-    script = REPOSITORY / "algorithms" / f"{name}.py"
+def process(name: str, environment=(), **settings) -> tuple:
+    """A script's process: seconds to its first log row, to its end; its peak memory in MiB."""
+    words, script = {"dataset_id": DATA, "num_seeds": 4}, REPOSITORY / f"algorithms/{name}.py"
+    words |= {"env_id": "none", "log_every": 1, "compile": "false", **settings}
     with tempfile.TemporaryDirectory() as folder:
-        argv += ["--run_dir", f"{folder}/run"]
-        launcher = [sys.executable, "-c", LAUNCHER, f"{folder}/run/metrics.jsonl"]
-        done = subprocess.run([*launcher, sys.executable, script, *argv], capture_output=True)
+        argv = [sys.executable, "-c", LAUNCHER, f"{folder}/run/metrics.jsonl", sys.executable]
+        argv += [script, *arguments(words), "--run_dir", f"{folder}/run"]
+        done = subprocess.run(argv, capture_output=True, env={**os.environ, **dict(environment)})
     if done.returncode:
         message = done.stderr.decode().strip().splitlines()
         raise SpeedError(f"{name} ended with {done.returncode}: {message[-1:]}")
@@ -344,49 +315,37 @@ def process(name: str, **settings) -> tuple:
     return round(first, 2), round(seconds, 2), round(memory / unit)
 
 
-def whole(name: str, args, say) -> dict:
+def whole(name: str, args, folder: Path, say) -> dict:
     """First updates, memory by members, a short run with its evaluation, the online phase."""
     say(f"{name}, whole processes")
-    first, found = {"num_updates": 1, "device": args.device}, {"peak_memory_mib": {}}
-    found["first_update_seconds"] = process(name, **first, compile="false")[0]
+    first = {"num_updates": 1, "device": args.device}
+    found = {"first_update_seconds": process(name, **first)[0], "peak_memory_mib": {}}
     for members in args.members:
-        some = {**first, "num_updates": 4, "num_seeds": members, "compile": "false"}
+        some = {**first, "num_updates": 4, "num_seeds": members}
         found["peak_memory_mib"][members] = process(name, **some)[2]
     if "compiled" in args.modes:
-        with tempfile.TemporaryDirectory() as cache:
-            old = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-            for state in ("cold", "warm"):
-                seconds = process(name, **first, compile="true")[0]
-                found[f"first_compiled_update_seconds_{state}"] = seconds
-            os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
-            if old is not None:
-                os.environ["TORCHINDUCTOR_CACHE_DIR"] = old
-    run = {"num_updates": 100, "compile": "false", "device": args.device, "log_every": 100}
+        cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / f"cache-{name}")}
+        for state in ("cold", "warm"):
+            seconds = process(name, cache, **first, compile="true")[0]
+            found[f"first_compiled_update_seconds_{state}"] = seconds
+    run = {"num_updates": 100, "device": args.device, "log_every": 100}
     run |= {"env_id": "auto", "final_eval_episodes": 10}
     found["run_of_100_updates_and_10_episodes_seconds"] = process(name, **run)[1]
-    with tempfile.TemporaryDirectory() as folder:
-        found["online_share"] = online_share(name, args, Path(folder))
+    found["online_share"] = online_share(name, args, folder / "online")
     return found
 
 
-def evaluation(device: str) -> dict:
+def evaluation(device: str, folder: Path) -> dict:
     """Ten whole episodes of Hopper for four members; loading the bundled data."""
-    module = load_script("bc")
-    words = ["--dataset_id", DATA, "--num_seeds", "4", "--device", device]
-    cfg = module.parse_config(module.TrainConfig, words)
-    cfg.env_kwargs = {"terminate_when_unhealthy": False}  # all 1,000 steps, whatever the policy
-    with contextlib.redirect_stdout(io.StringIO()):
-        began = time.perf_counter()
-        dataset = module.load_dataset(DATA, module.locate_dataset(cfg))
-        loading = time.perf_counter() - began
-    agent = module.BC(cfg, module.fit_scaler(dataset, cfg)).to(module.choose_device(device))
-    environment = module.find_environment(cfg, dataset.metadata, agent.scaler)
-    module.evaluate(agent, environment, cfg, 1)
+    settings = {"env_id": "auto", "env_kwargs": "{terminate_when_unhealthy: false}"}  # 1,000 steps
+    run = Training("bc", 4, "eager", device, folder / "evaluation", **settings).run
+    module, began = load_script("bc"), time.perf_counter()
+    module.load_dataset(run.cfg)
+    loading = time.perf_counter() - began
+    module.evaluate(run.agent, run.spec, run.references, 1)
     began = time.perf_counter()
-    rows = module.evaluate(agent, environment, cfg, 10)
-    seconds = time.perf_counter() - began
-    steps = sum(row["length"] for row in rows)
+    rows = module.evaluate(run.agent, run.spec, run.references, 10)
+    seconds, steps = time.perf_counter() - began, sum(row["length"] for row in rows)
     found = {"loading_seconds": loading, "evaluation_seconds": seconds, "episodes": len(rows)}
     return {**found, "environment_steps": steps, "steps_per_second": steps / seconds}
 
@@ -395,67 +354,62 @@ def evaluation(device: str) -> dict:
 
 
 def machine(device: str) -> dict:
-    try:
-        name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name()
-    except (RuntimeError, AssertionError):
-        raise SpeedError(f"device {device!r} is not to be had here: use cpu or cuda") from None
-    git = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40"]
+    info = Path("/proc/cpuinfo")
+    found = info.is_file() and re.search(r"^model name\s*: (.*)", info.read_text(), re.MULTILINE)
+    name = found[1] if found else platform.processor() or platform.machine()
+    if device.startswith("cuda"):
+        try:
+            name = torch.cuda.get_device_name(device)
+        except (RuntimeError, AssertionError):
+            raise SpeedError(f"device {device!r} is not to be had here: use cpu or cuda") from None
+    git = ["git", "-C", REPOSITORY, "describe", "--always", "--dirty", "--abbrev=40"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     about = {"device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     return {**about, "torch": torch.__version__, "commit": commit}
 
 
-def cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()
+def markdown(names: list, rows: list) -> str:
+    head, *lines = [f"| {' | '.join(map(str, row))} |" for row in (names, *rows)]
+    return "\n".join([head, "|---" * len(names) + "|", *lines]) + "\n"
 
 
 def table(result: dict) -> str:
     """Markdown, a row for each script and number of members."""
     shown = [mode for mode in MODES if any(row["mode"] == mode for row in result["rows"])]
-    names = ["script", "members", *shown, "in_all", "products", "fraction", "host_share"]
-    lines = [f"| {' | '.join(names).replace('_', ' ')} |", "|---" * len(names) + "|"]
-    groups = {}
+    groups, rows = {}, []
     for row in result["rows"]:
         groups.setdefault((row["algorithm"], row["members"]), {})[row["mode"]] = row
-    for (name, members), modes in groups.items():
+    for group, modes in groups.items():
         best = max(modes.values(), key=lambda row: row["fraction"])
         alone = best["updates_per_second"] / best["fraction"]
         speeds = [modes[mode]["updates_per_second"] for mode in shown]
-        cells = [name, members, *(f"{x:.1f}" for x in (*speeds, best["in_all"], alone))]
-        cells += [f"{best['fraction']:.2f}", f"{best['host_share']:.3f}"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    about = result["machine"]
-    load = max(row["load"] for row in result["rows"])
+        cells = [f"{x:.1f}" for x in (*speeds, best["in_all"], alone)]
+        rows.append([*group, *cells, f"{best['fraction']:.2f}", f"{best['host_share']:.3f}"])
+    names = ["script", "members", *shown, "in all", "products", "fraction", "host share"]
+    about, load = result["machine"], max(row["load"] for row in result["rows"])
     words = f"{about['device']}, {about['threads']} threads, torch {about['torch']}"
-    text = "\n".join(lines) + f"\n\n{words}; highest load {load:.1f}.\n"
+    text = f"{markdown(names, rows)}\n{words}; highest load {load:.1f}.\n"
     return text + (whole_table(result) if result["whole"] else "")
 
 
 def whole_table(result: dict) -> str:
     """Markdown, a row for each script's processes, and a sentence on evaluation."""
-    names = ["first update, s", "compiled, cold", "compiled, warm", "100 updates + 10 episodes, s"]
-    names += ["online bookkeeping"]
-    keys = ["first_update_seconds", "first_compiled_update_seconds_cold"]
-    keys += ["first_compiled_update_seconds_warm", "run_of_100_updates_and_10_episodes_seconds"]
-    members = list(next(iter(result["whole"].values()))["peak_memory_mib"])
-    names += [f"MiB, {count} member{'s' * (int(count) > 1)}" for count in members]
-    lines = [f"\n| script | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    names, rows = {"first_update_seconds": "first update, s"}, []
+    names |= {f"first_compiled_update_seconds_{x}": f"compiled, {x}" for x in ("cold", "warm")}
+    names["run_of_100_updates_and_10_episodes_seconds"] = "100 updates + 10 episodes, s"
     for script, found in result["whole"].items():
-        cells = [f"{found[key]:.1f}" if key in found else "" for key in keys]
-        share = found["online_share"]
-        cells += ["" if share is None else f"{share:.3f}"]
-        cells += [str(found["peak_memory_mib"][count]) for count in members]
-        lines.append(f"| {script} | {' | '.join(cells)} |")
+        cells = [f"{found[key]:.1f}" if key in found else "" for key in names]
+        share, memory = found["online_share"], found["peak_memory_mib"]
+        rows.append([script, *cells, "" if share is None else f"{share:.3f}", *memory.values()])
+    names = ["script", *names.values(), "online bookkeeping"]
+    names += [f"MiB, {count} member{'s' * (int(count) > 1)}" for count in memory]
+    text = f"\n{markdown(names, rows)}"
     if found := result.get("evaluation"):
         played = f"{found['episodes']} whole Hopper episodes of four members together"
         took = f"{found['evaluation_seconds']:.1f} s, {found['steps_per_second']:,.0f} steps/s"
         loading = f"Loading the data: {found['loading_seconds']:.1f} s."
-        lines += ["", f"Evaluation: {played} in {took}. {loading}"]
-    return "\n".join(lines) + "\n"
+        text += f"\nEvaluation: {played} in {took}. {loading}\n"
+    return text
 
 
 def fill(readme: Path, text: str) -> None:
@@ -467,27 +421,14 @@ def fill(readme: Path, text: str) -> None:
     readme.write_text(f"{head}{BEGIN}\n{text}{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
-def positive(kind):
-    """An argument's type: a number above 0."""
-
-    def convert(text: str):
-        value = kind(text)
-        if not value > 0:
-            raise ValueError
-        return value
-
-    convert.__name__ = f"positive {kind.__name__}"
-    return convert
-
-
 def progress(total: int):
     """A function that prints a line with the time left."""
-    began, done = time.perf_counter(), []
+    began, counter = time.perf_counter(), itertools.count()
 
     def say(text: str) -> None:
-        left = (time.perf_counter() - began) / len(done) * (total - len(done)) if done else 0
-        print(f"{text}; {f'about {left / 60:.1f} min left' if done else '? left'}", flush=True)
-        done.append(text)
+        done = next(counter)
+        left = (time.perf_counter() - began) / max(1, done) * (total - done) / 60
+        print(f"{text}; {f'about {left:.1f} min left' if done else '? left'}", flush=True)
 
     return say
 
@@ -497,33 +438,33 @@ def main(argv=None) -> int:
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(description=__doc__, **style)
     parser.add_argument("scripts", nargs="*", metavar="script", help=", ".join(names))
-    parser.add_argument("--members", nargs="+", type=positive(int), default=[1, 2, 4, 8])
+    parser.add_argument("--members", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--modes", nargs="+", choices=MODES, help="default: graphs on cuda alone")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=positive(float), default=1.0, help="of a window")
-    parser.add_argument("--rounds", type=positive(int), default=7, help="windows of each variant")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a window")
+    parser.add_argument("--rounds", type=int, default=7, help="windows of each variant")
     parser.add_argument("--whole", action="store_true", help="also processes and evaluation")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--readme", type=Path, help="a file whose marked table is replaced")
     args = parser.parse_args(argv)
     args.modes = args.modes or list(MODES)[: 3 if args.device.startswith("cuda") else 2]
-    if "graphs" in args.modes and not args.device.startswith("cuda"):
-        print("error: --modes graphs is for cuda: leave it out, or add --device", file=sys.stderr)
-        return 2
+    if not all(number > 0 for number in (args.seconds, args.rounds, *args.members)):
+        parser.error("--seconds, --rounds and --members are numbers above 0")
     scripts = args.scripts or names
     say = progress(len(scripts) * (len(args.members) + args.whole))
     try:
+        if "graphs" in args.modes and not args.device.startswith("cuda"):
+            raise SpeedError("--modes graphs is for cuda: leave it out, or add --device")
         result = {"machine": machine(args.device), "rows": [], "whole": {}}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for name in scripts:
                 result["rows"] += measure(name, args, Path(folder), say)
                 if args.whole:
-                    result["whole"][name] = whole(name, args, say)
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-            if args.whole:
-                result["evaluation"] = evaluation(args.device)
+                    result["whole"][name] = whole(name, args, Path(folder), say)
+                    if name == scripts[-1]:
+                        result["evaluation"] = evaluation(args.device, Path(folder))
                 args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         text = table(result)
         if args.readme:

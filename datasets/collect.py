@@ -515,7 +515,7 @@ def collect_tier(
 
 
 def fingerprint(episodes: list[EpisodeBuffer]) -> str:
-    """Of the content alone, as the training scripts print it: lengths, then each array."""
+    """Of the content alone, as a run's environment.json has it: lengths, then each array."""
     digest = hashlib.sha256(np.array([len(e.rewards) for e in episodes], "<i8").tobytes())
     for name in ("actions", "observations", "rewards", "terminations", "truncations"):
         digest.update(np.concatenate([getattr(e, name) for e in episodes]).astype("<f4").tobytes())

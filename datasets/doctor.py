@@ -358,7 +358,7 @@ def check_flags(data: Data) -> Iterator[Finding]:
         yield Finding(
             "flags in the middle of an episode",
             data.where(np.flatnonzero(middle)),
-            "an episode goes on after its end: a step joins two episodes, returns are sums of two",
+            "training stops at them; where it does not, a step joins two episodes of the recording",
             "end an episode at every flag",
         )
     if (open_end := ~flagged[data.last]).any():

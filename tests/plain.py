@@ -4,11 +4,11 @@ Nothing of a script takes part in the expected numbers but its initial weights: 
 matrices, one member and one critic at a time, Adam is written out, gradients are autograd's.
 """
 
-import numpy as np
 import torch
 from conftest import load_script
 
 OBS, ACT, BATCH, HIDDEN, LAYERS, SEEDS = 5, 3, 12, 7, 2, 3
+LOW, HIGH = [-2.0, -1.0, 0.0], [2.0, 3.0, 0.5]  # bounds of the actions
 TIGHT = {"rtol": 1e-9, "atol": 1e-12}
 
 
@@ -17,9 +17,18 @@ def make_agent(name: str, agent_class: str, **settings):
     script, g = load_script(name), torch.Generator().manual_seed(1)
     size = {"hidden_dim": HIDDEN, "hidden_layers": LAYERS, "batch_size": BATCH}
     cfg = script.TrainConfig(**{**size, "num_seeds": SEEDS, "num_updates": 1000, **settings})
-    mean, std = torch.randn(OBS, generator=g), torch.rand(OBS, generator=g) + 0.5
-    scaler = script.Scaler(mean, std, np.array([-2.0, -1.0, 0.0]), np.array([2.0, 3.0, 0.5]))
-    return getattr(script, agent_class)(cfg, scaler).double()
+    units = make_units(torch.randn(OBS, generator=g), torch.rand(OBS, generator=g) + 0.5, LOW, HIGH)
+    return getattr(script, agent_class)(cfg, units).double()
+
+
+def make_units(mean, std, low, high) -> dict:
+    """What an agent is told of its data."""
+    low, high = torch.as_tensor(low), torch.as_tensor(high)
+    units = {"obs_mean": mean, "obs_std": std, "return_range": [0.0, 1.0]}
+    return {**units, "action_center": (low + high) / 2, "action_half_range": (high - low) / 2}
+
+
+UNIT = ([0.0], [1.0], [-1.0], [1.0])  # of one observation and one action in the agent's own units
 
 
 def make_batch(seed: int, dropout: float = 0.0) -> tuple[dict, dict]:
@@ -97,22 +106,22 @@ def same(actual, expected, what: str = "") -> None:
     )
 
 
-def check_moments(optimizer, module, adams) -> None:
+def check_moments(ours, adams) -> None:
     """Adam's moments and its count; `adams` are the members' plain ones."""
-    states = [optimizer.state[p] for p in module.parameters()]
+    count = len(ours.params)
     for k, adam in enumerate(adams):
-        assert {float(state["step"]) for state in states} == {adam.t}
-        for name, expected in (("exp_avg", adam.m), ("exp_avg_sq", adam.v)):
-            for a, b in zip(of_member([s[name] for s in states], k), expected, strict=True):
+        assert ours.steps.tolist() == [adam.t] * count
+        for name, expected in (("m", adam.m), ("v", adam.v)):
+            moments = [getattr(ours, f"{name}{i}") for i in range(count)]
+            for a, b in zip(of_member(moments, k), expected, strict=True):
                 same(a.reshape(b.shape), b, name)
 
 
 def check_act(agent, mlp, obs) -> None:
     """a = center + half_range tanh(network((s - mean) / std)) within the bounds."""
-    scaler, action = agent.scaler, agent.act(obs)
-    low, high = torch.tensor([-2.0, -1.0, 0.0]), torch.tensor([2.0, 3.0, 0.5])
+    action, low, high = agent.act(obs), torch.tensor(LOW), torch.tensor(HIGH)
     for k in range(SEEDS):
-        seen = (obs[k] - scaler.obs_mean) / scaler.obs_std
+        seen = (obs[k] - agent.obs_mean) / agent.obs_std
         policy = forward(seen, matrices(mlp, k)).tanh()
         same(action[k], low + (high - low) * (policy + 1) / 2, "action")
 

@@ -12,16 +12,24 @@ import sync_blocks
 from conftest import REPOSITORY, SCRIPTS
 
 FRAME = "# ---- frame: the same in every script ----"
+# Lines of a script, and of the shared blocks that a script with an online phase has.
+# What they hold today, and no more; the aim is 640 for bc.py and 820 for iql.py.
+TOTALS = {"bc": 900, "bcq": 1020, "brac": 1060, "td3_bc": 1060, "awac": 1100, "rebrac": 1115}
+TOTALS |= {"iql": 1105, "dt": 1090, "cql": 1200, "cal_ql": 1210}
+BLOCKS = ["config", "online_config", "networks", "layer_norm", "squashed_policy"]
+BLOCKS += ["data", "evaluation", "run", "online"]
+OPTIONAL = ["online_config", "layer_norm", "squashed_policy", "online"]
+SHARED_LINES = 875  # without layer_norm and squashed_policy; the aim is 580
 MEND = "edit one script, then run: python tests/sync_blocks.py algorithms/<that script>.py"
 
 GLOSSARY = set(
     """
     dataset_id fallback_dataset_id download env_id env_kwargs ref_min_score ref_max_score seed
     num_seeds eval_seed num_updates online_steps updates_per_step eval_every eval_episodes
-    final_eval_episodes log_every checkpoint_every run_dir resume checkpoint eval_only export member
+    final_eval_episodes log_every checkpoint_every run_dir resume checkpoint
     device compile wandb wandb_project label batch_size gamma tau actor_lr critic_lr value_lr
     normalize_obs reward_scale reward_shift reward_by_return_range inverse_temperature
-    awr_temperature entropy_coef success_reward
+    awr_temperature entropy_coef
     """.split()
 )
 # What others call these things. A glossary name in another order or number is found without it.
@@ -133,8 +141,7 @@ class Source:
         """What may run inside `update`: methods of networks and agent, and their helpers."""
         begin, end = self.line("# >>> shared: networks"), self.line(FRAME)
         shared_end = self.line("# <<< shared: networks")
-        apart = {"__init__", "act", "noise_shapes", "learning_rates", "variant", "table"}
-        apart |= {"generator", "adam"}
+        apart = {"__init__", "act", "noise_shapes", "variant", "select", "rows", "generator"}
         functions = [n for n in self.tree.body if isinstance(n, ast.FunctionDef)]
         functions = [n for n in functions if begin < n.lineno < shared_end]
         for n in self.classes:
@@ -192,7 +199,8 @@ def test_sections_stand_in_order(source):
         source.line("# <<< shared: networks"),
         source.agent.lineno,
         source.line(FRAME),
-        source.line("# >>> shared: command_line"),
+        source.line("# >>> shared: data"),
+        source.line("# <<< shared: run"),
         main.lineno,
         guard.lineno,
     ]
@@ -211,16 +219,10 @@ def test_frame_is_shared_blocks_and_the_binding(source):
         for i, line in enumerate(source.lines, 1)
         if i > last and line and not source.shared(i) and not line.startswith("# <<< shared: ")
     ]
-    binding = (
-        rf"    return command_line\({source.agent.name}, TrainConfig, argv(, \w+=\w+)*\)(  # .+)?"
-    )
-    expected = [
-        re.escape("def main(argv=None) -> int:"),
-        binding,
-        re.escape('if __name__ == "__main__":'),
-        re.escape("    sys.exit(main())"),
-    ]
-    assert len(own) == len(expected) and all(map(re.fullmatch, expected, own)), own
+    online = ", online=Online" if "online" in source.blocks else ""
+    binding = f"    return command_line({source.agent.name}, TrainConfig, argv{online})"
+    guard = ['if __name__ == "__main__":', "    sys.exit(main())"]
+    assert own == ["def main(argv=None) -> int:", binding, *guard]
 
 
 def test_docstring_has_its_parts(source):
@@ -307,13 +309,48 @@ def test_shared_blocks_are_the_same_bytes():
 
 
 def test_every_script_has_every_block(source):
-    """Or a variant of it, such as `data:sequence`; in one order everywhere."""
+    """Or a variant of it, such as `evaluation:sequence`; in one order everywhere."""
     kinds = [name.split(":")[0] for name in source.blocks]
-    optional = ("online_config", "online", "squashed_policy")
-    kinds = [kind for kind in kinds if kind not in optional]
-    names = "config, networks, command_line, data, environment, evaluation, run, export"
-    assert kinds == [*names.split(", "), "training_loop"]
-    assert ("online" in source.blocks) == ("online_config" in source.blocks)
+    assert kinds == [kind for kind in BLOCKS if kind in kinds]
+    assert set(BLOCKS) - set(kinds) <= set(OPTIONAL)
+    assert ("online" in kinds) == ("online_config" in kinds)
+
+
+def names_in(source: Source) -> set[str]:
+    used = {n.attr for n in ast.walk(source.tree) if isinstance(n, ast.Attribute)}
+    return used | {n.id for n in ast.walk(source.tree) if isinstance(n, ast.Name)}
+
+
+def test_nothing_in_a_block_is_left_over():
+    """What blocks define, some script uses."""
+    used = set().union(*map(names_in, SOURCES.values())) | {"forward"}
+    for source in SOURCES.values():
+        for n in ast.walk(source.tree):
+            if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and source.shared(n.lineno):
+                assert n.name in used or n.name.startswith("__"), where(source, n)
+
+
+@pytest.mark.parametrize("block", ["layer_norm", "squashed_policy"])
+def test_blocks_stand_where_they_are_used(source, block):
+    """Another block's use does not count."""
+    defines = set(re.findall(r"(?m)^(?:def|class) (\w+)", source.blocks.get(block, "")))
+    own = [line for i, line in enumerate(source.lines, 1) if not source.shared(i)]
+    used = defines & set(re.findall(r"\w+", "\n".join(own)))
+    assert used or block not in source.blocks, f"{source.path.name} does not use {block}"
+
+
+def test_one_sitting_reads_it(source):
+    """Whoever adds lines to a script or to what all share takes others out."""
+    limit, name = TOTALS[source.path.stem], source.path.name
+    assert len(source.lines) <= limit, f"{name}: {len(source.lines)} lines, at most {limit}"
+
+
+def test_shared_blocks_stay_small():
+    """With both markers; those for some networks alone apart."""
+    blocks = SOURCES["iql"].blocks
+    sizes = {name: body.count("\n") + 2 for name, body in blocks.items()}
+    total = sum(n for name, n in sizes.items() if name not in ("layer_norm", "squashed_policy"))
+    assert total <= SHARED_LINES, f"{total} lines, at most {SHARED_LINES}: {sizes}"
 
 
 @pytest.fixture
@@ -504,7 +541,8 @@ def test_settings_are_named_as_the_glossary_does(source):
         if name not in GLOSSARY:
             better = SYNONYMS.get(name) or known.get(canonical(name))
             assert not better, f"{where(source, n)}: call it {better}"
-    shared = {n.target.id for n in source.top(ast.ClassDef, "RunConfig").body[1:]}
+    body = source.top(ast.ClassDef, "RunConfig").body
+    shared = {n.target.id for n in body if isinstance(n, ast.AnnAssign)}
     assert shared <= GLOSSARY, f"not in the glossary: {shared - GLOSSARY}"
     assert not GLOSSARY & SYNONYMS.keys()
 
@@ -527,26 +565,13 @@ def test_the_glossary_test_has_teeth(name, expected):
     assert known.get(canonical(name)) == expected
 
 
-def test_batch_fields_and_metrics_are_named_well(source):
-    fields = next(
-        ast.literal_eval(n.value)
-        for n in source.agent.body
-        if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "batch_fields"
-    )
-    assert {"obs", "action"} <= set(fields)
-    for name in fields:
-        assert re.fullmatch(r"[a-z0-9_]+", name)
-        assert name.rstrip("s") not in OTHER_BATCH_FIELDS.keys() | {"don", "done", "next_state"}
-        assert name == "obs" or name.endswith("obs") or not name.endswith("s"), f"singular: {name}"
-    used = set()
+def test_batch_fields_are_named_well(source):
+    """That columns are what is read, and metrics what is explained, the runs show."""
     for function in source.in_update:
         for n in ast.walk(function):
-            if isinstance(n, ast.Subscript) and ast.unparse(n.value) == "batch":
-                used.add(ast.literal_eval(n.slice))
-    assert used == set(fields), "batch_fields is what the agent reads, no more and no less"
-    update = next(n for n in source.agent.body if getattr(n, "name", "") == "update")
-    for n in ast.walk(update):
-        if isinstance(n, ast.Return) and isinstance(n.value, ast.Dict):
-            for key in map(ast.literal_eval, n.value.keys):
-                assert re.fullmatch(r"[a-z0-9_]+", key), f"metric {key}"
-                assert f"`train/{key}`" in source.docstring, f"metric {key} is not explained"
+            read = isinstance(n, ast.Subscript) and ast.unparse(n.value) == "batch"
+            if read and isinstance(n.slice, ast.Constant):
+                name = n.slice.value
+                assert re.fullmatch(r"[a-z0-9_]+", name)
+                assert name.rstrip("s") not in OTHER_BATCH_FIELDS.keys() | {"don", "next_state"}
+                assert name.endswith("obs") or not name.endswith("s"), f"singular: {name}"

@@ -11,7 +11,7 @@ import minari
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, load_script, toy_episodes
+from conftest import REPOSITORY, toy_episodes
 
 spec = importlib.util.spec_from_file_location("collect", REPOSITORY / "datasets" / "collect.py")
 collect = importlib.util.module_from_spec(spec)
@@ -125,19 +125,20 @@ def test_written_sets_are_packed_and_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [target]  # nothing temporary is left
 
 
-def test_fingerprint_is_the_one_that_scripts_print(tmp_path):
-    target, iql = tmp_path / "set", load_script("iql")
+def test_fingerprint_is_the_one_that_runs_store(tmp_path, iql):
+    target = tmp_path / "set"
     collect.write(toy_episodes(), "stitch/toy/set-v0", target, ABOUT, gym.make("Pendulum-v1"))
-    loaded = iql.load_dataset("set", target / "data")
-    assert loaded.fingerprint == collect.fingerprint(toy_episodes())
+    *_, metadata = iql.load_dataset(iql.TrainConfig(dataset_id="set"))
+    assert metadata["fingerprint"] == collect.fingerprint(toy_episodes())
 
 
 @pytest.mark.parametrize("folder", BUNDLED, ids=lambda path: "/".join(path.parts[-2:]))
-def test_bundled_set_is_what_its_metadata_says(folder):
-    loaded = load_script("iql").load_dataset("bundled", folder / "data")
+def test_bundled_set_is_what_its_metadata_says(folder, iql):
+    episodes, _, loaded = iql.load_dataset(iql.TrainConfig(dataset_id=str(folder)))
     metadata = json.loads((folder / "data" / "metadata.json").read_text())
-    assert loaded.fingerprint == metadata["fingerprint"]
-    assert metadata["ref_min_score"] < loaded.returns.mean() < metadata["ref_max_score"]
+    assert loaded["fingerprint"] == metadata["fingerprint"]
+    mean = np.mean([episode["reward"].sum() for episode in episodes])
+    assert metadata["ref_min_score"] < mean < metadata["ref_max_score"]
 
 
 def test_bundled_sets_stay_small():
@@ -206,15 +207,15 @@ def maze_cells(env, observations) -> list[tuple]:
 
 
 def test_scripts_evaluate_in_the_stored_maze(stitch, iql):
-    loaded = iql.load_dataset("stitch", stitch / "data")
-    cfg = iql.TrainConfig()
-    environment = iql.find_environment(cfg, loaded.metadata, iql.fit_scaler(loaded, cfg))
-    env = environment.get(1)[0]
+    cfg = iql.TrainConfig(dataset_id=str(stitch))
+    episodes, space, metadata = iql.load_dataset(cfg)
+    agent = iql.IQL(cfg, iql.measure(episodes, space, cfg))
+    found, (low, high) = iql.find_environment(cfg, metadata, agent)
+    env = gym.make(found)
     assert env.spec.max_episode_steps == 300
     for seed in range(3):
         obs, _ = env.reset(seed=seed)
         assert obs.shape == (4,) and maze_cells(env, [obs]) == [(4, 3)]
-    low, high = environment.references
     assert low < high == 1.0
     episode = collect.walk(env, (4, 3), itertools.repeat((2, 5)), seed=0)
     assert episode.rewards.sum() == 1 and episode.terminations[-1]

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -46,8 +47,12 @@ def test_eighteen_environments():
 @pytest.mark.parametrize("name", EACH)
 def test_stored_builds_steps_and_is_seeded(iql, name):
     task = EACH[name]
-    env = gym.make(iql.read_spec(d4rl.build_env(task).spec.to_json()))
-    assert env.spec == d4rl.build_env(task).spec
+    built = d4rl.build_env(task)
+    sizes = SimpleNamespace(act_dim=task.act_dim)
+    sizes.obs_dim = len(iql.flatten_obs(built.reset(seed=0)[0]))
+    spec, _ = iql.find_environment(iql.TrainConfig(), {"env_spec": built.spec.to_json()}, sizes)
+    env = gym.make(spec)
+    assert env.spec == built.spec
     assert (env.spec.id, env.spec.max_episode_steps) == (task.eval_env, task.max_episode_steps)
     assert env.action_space.shape == (task.act_dim,)
     assert (env.action_space.low <= -1).all() and (env.action_space.high >= 1).all()

@@ -63,7 +63,7 @@ def test_bc_updates():
             same(metrics["actor_loss"][k], loss, "actor_loss")
             adam.step(loss)
             check_weights(agent.actor, k, network, "actor")
-    check_moments(agent.actor_optimizer, agent.actor, adams)
+    check_moments(agent.actor_adam, adams)
 
 
 def test_bc_acts_in_the_environments_units():
@@ -175,6 +175,8 @@ class PlainIQL:
         metrics |= {"v": v.mean(), "advantage": (self.q_bar(batch) - v).mean()}
         metrics["clipped_weights"] = (self.weights(batch) == 100).double().mean()
         metrics["actor_loss"] = self.actor_loss(batch, masks)
+        share = self.actor_adam.t / self.c.num_updates  # before this step
+        self.actor_adam.lr = self.c.actor_lr * (1 + math.cos(math.pi * share)) / 2
         self.actor_adam.step(metrics["actor_loss"])
         metrics["q"] = sum(self.each_q(self.critics, batch)).mean() / 2
         metrics["critic_loss"] = self.critic_loss(batch)
@@ -269,7 +271,7 @@ def test_iql_updates(case):
     assert 0 < torch.stack(clipped).mean() < 1
     for name in ("value", "actor", "critic"):
         adams = [getattr(member_, f"{name}_adam") for member_ in plain]
-        check_moments(getattr(agent, f"{name}_optimizer"), getattr(agent, name), adams)
+        check_moments(getattr(agent, f"{name}_adam"), adams)
     assert all(p.grad is None for p in agent.target_critic.parameters())
 
 
@@ -295,48 +297,25 @@ def test_iql_defaults_are_the_papers():
 def test_iql_cosine_schedule(step, share):
     """lr (1 + cos(pi step / num_updates)) / 2, which stays 0 past the end."""
     agent = make_agent("iql", "IQL", actor_lr=0.02, num_updates=1000)
-    rates = agent.learning_rates(step)
-    assert list(rates) == [agent.actor_optimizer]
+    agent.actor_adam.steps.fill_(step)
     share = math.sin(math.pi * 1 / 2000) ** 2 if share is None else share
-    assert rates[agent.actor_optimizer] == pytest.approx(0.02 * share, rel=1e-9, abs=1e-15)
+    found = agent.scheduled_actor_lr().item()
+    assert found == pytest.approx(0.02 * share, rel=1e-9, abs=1e-15)
 
 
 def test_iql_constant_schedule():
     agent = make_agent("iql", "IQL", actor_lr=0.02, cosine_actor_lr=False)
-    assert {agent.learning_rates(step)[agent.actor_optimizer] for step in (0, 999, 5000)} == {0.02}
+    assert agent.scheduled_actor_lr() is None and agent.actor_adam.options["lr"] == 0.02
 
 
-def test_bc_has_no_schedule():
-    assert make_agent("bc", "BC").learning_rates(500) == {}
-
-
-def test_iql_loop_applies_the_schedule_before_each_update():
-    """The last of 8 updates runs at step 7, with the rates of V and Q as they were."""
-    torch.set_default_dtype(torch.float32)
-    given = {"actor_lr": 0.02, "critic_lr": 0.01, "value_lr": 0.03}
-    settings = {"num_updates": 8, "env_id": "none", **given}
-    assert load_script("iql").main(words(**settings)) == 0
-    saved = torch.load("run/checkpoint.pt", weights_only=True)["optimizers"]
-    rates = {name: value["param_groups"][0]["lr"] for name, value in saved.items()}
-    assert rates["actor_optimizer"] == pytest.approx(0.02 * (1 + math.cos(math.pi * 7 / 8)) / 2)
-    assert (rates["critic_optimizer"], rates["value_optimizer"]) == (0.01, 0.03)
-
-
-def test_bootstrap_stops_at_terminations_only():
+def test_bootstrap_stops_at_terminations_only(monkeypatch):
     """The toy data's second episode is truncated: it is 40 steps long and bootstraps throughout."""
     torch.set_default_dtype(torch.float32)
-    script, calls = load_script("iql"), []
-
-    def keep(run, *rest):
-        calls.append(start(run, *rest))
-        calls.append(run.data)
-
-    start, script.Run.start = script.Run.start, keep
-    try:
-        assert script.main(words(num_updates=1, env_id="none")) == 0
-    finally:
-        script.Run.start = start
-    data = calls[1]
+    script, tables = load_script("iql"), []
+    batches = script.batches
+    monkeypatch.setattr(script, "batches", lambda *args: tables.append(args[1]) or batches(*args))
+    assert script.main(words(num_updates=1, env_id="none")) == 0
+    (data,) = tables
     assert data["terminated"].nonzero().flatten().tolist() == [29, 70]
     inner = [i for i in range(70) if i not in (29, 69)]
     follows = [i + 1 for i in inner]

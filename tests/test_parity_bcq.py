@@ -212,9 +212,9 @@ def test_updates():
             for i in range(2):
                 check_weights(agent.critic, 2 * k + i, one.critics[i], f"critic {i}")
                 check_weights(agent.target_critic, 2 * k + i, one.targets[i], f"target {i}")
-    check_moments(agent.vae_optimizer, agent.vae, [one.vae_adam for one in plain])
-    check_moments(agent.actor_optimizer, agent.actor, [one.actor_adam for one in plain])
-    check_moments(agent.critic_optimizer, agent.critic, [one.critic_adam for one in plain])
+    check_moments(agent.vae_adam, [one.vae_adam for one in plain])
+    check_moments(agent.actor_adam, [one.actor_adam for one in plain])
+    check_moments(agent.critic_adam, [one.critic_adam for one in plain])
 
 
 def test_acts_with_the_best_candidate():
@@ -225,7 +225,7 @@ def test_acts_with_the_best_candidate():
     for k in range(SEEDS):
         plain = PlainBCQ(agent, k)
         for row in range(BATCH):
-            s = (obs[k, row] - agent.scaler.obs_mean) / agent.scaler.obs_std
+            s = (obs[k, row] - agent.obs_mean) / agent.obs_std
             values = []
             for latent in agent.eval_latents[k]:
                 a = plain.perturbed(plain.xi, s, plain.generate(s, latent)).detach()

@@ -1,7 +1,6 @@
 """Cal-QL: losses, gradients, returns and whole updates against float64 computations."""
 
 import copy
-import itertools
 import math
 from types import SimpleNamespace
 
@@ -156,14 +155,12 @@ def test_updates(settings):
             for i in range(2):
                 check_weights(agent.critic, 2 * k + i, one.critics[i], f"critic {i}")
                 check_weights(agent.target_critic, 2 * k + i, one.targets[i], f"target {i}")
-    check_moments(agent.actor_optimizer, agent.actor, [one.actor_adam for one in plain])
-    check_moments(agent.critic_optimizer, agent.critic, [one.critic_adam for one in plain])
+    check_moments(agent.actor_adam, [one.actor_adam for one in plain])
+    check_moments(agent.critic_adam, [one.critic_adam for one in plain])
     if agent.cfg.learn_entropy_coef:
-        scalar = SimpleNamespace(parameters=lambda: [agent.log_entropy_coef])
-        check_moments(agent.entropy_optimizer, scalar, [one.coef_adam for one in plain])
+        check_moments(agent.entropy_adam, [one.coef_adam for one in plain])
     if agent.cfg.lagrange:
-        scalar = SimpleNamespace(parameters=lambda: [agent.log_multiplier])
-        check_moments(agent.multiplier_optimizer, scalar, [one.multiplier_adam for one in plain])
+        check_moments(agent.multiplier_adam, [one.multiplier_adam for one in plain])
 
 
 # ---- the bound
@@ -229,80 +226,52 @@ def test_bound_share_is_counted():
 
 # ---- the Monte-Carlo returns
 
-# Lengths, then the steps that terminate: also inside of an episode, as `success_reward` does.
-EPISODES = [(4, ()), (1, ()), (6, (5,)), (1, (0,)), (9, ()), (2, (1,)), (7, (2,)), (8, (0, 3, 7))]
+EPISODES = [(4, False), (1, False), (6, True), (1, True), (9, False)]  # steps, terminated
 
 
-def make_table(gamma: float, infinite_horizon: bool, reward=None):
-    """What `table` makes of the episodes above, each reward and state another."""
-    agent = make_cal_ql(gamma=gamma, infinite_horizon=infinite_horizon)
-    lengths, g = [length for length, _ in EPISODES], torch.Generator().manual_seed(5)
-    starts = torch.tensor([0, *np.cumsum(lengths)])
-    count = int(starts[-1])
-    data = {
-        "obs": torch.randn(count, OBS, generator=g).float(),
-        "action": torch.rand(count, ACT, generator=g).float(),
-        "reward": (torch.randn(count, generator=g) if reward is None else reward).float(),
-        "next_obs": torch.randn(count, OBS, generator=g).float(),
-        "terminated": torch.zeros(count).float(),
-        "truncated": torch.ones(count).float(),  # not to be read
-    }
-    for first, (_, terminations) in zip(starts, EPISODES, strict=False):
-        for step in terminations:
-            data["terminated"][first + step] = 1
-    kept = copy.deepcopy(data)
-    table = agent.table(data, starts)
-    assert all(torch.equal(data[name], kept[name]) for name in kept) and data.keys() == kept.keys()
-    assert tuple(table) == agent.batch_fields
-    assert all(torch.equal(table[name], data[name]) for name in table if name in data)
-    assert table["mc_return"].dtype == torch.float32 and table["mc_return"].shape == (count,)
-    return table, starts
-
-
-def plain_returns(table, starts, gamma: float, infinite_horizon: bool) -> list[float]:
+def returns_of(rewards, terminated: bool, gamma: float, infinite_horizon: bool) -> list[float]:
     """Sums from every step on; an episode that was cut off is played on with its last reward."""
-    found = []
-    for first, end in itertools.pairwise(starts):
-        rewards, ends = (table[name][first:end].tolist() for name in ("reward", "terminated"))
-        for t in range(len(rewards)):
-            ahead = rewards[t:]
-            if 1 in ends[t:]:
-                ahead = ahead[: ends[t:].index(1) + 1]
-            elif infinite_horizon:
-                ahead = ahead + [rewards[-1]] * 500
-            found.append(math.fsum(r * gamma**k for k, r in enumerate(ahead)))
-    return found
+    ahead = [*rewards] if terminated or not infinite_horizon else [*rewards, *rewards[-1:] * 5000]
+    return [math.fsum(r * gamma**k for k, r in enumerate(ahead[t:])) for t in range(len(rewards))]
+
+
+def make_episode(rewards, terminated: bool) -> dict:
+    count = len(rewards)
+    episode = {"obs": np.ones((count + 1, OBS)), "action": np.ones((count, ACT))}
+    episode |= {"reward": np.array(rewards, np.float32), "truncated": np.zeros(count)}
+    return {**episode, "terminated": (np.arange(count) == count - 1) * float(terminated)}
 
 
 @pytest.mark.parametrize("infinite_horizon", [False, True])
 @pytest.mark.parametrize("gamma", [0.9, 0.0])
 def test_returns_of_every_kind_of_episode(gamma, infinite_horizon):
-    table, starts = make_table(gamma, infinite_horizon)
-    expected = torch.tensor(plain_returns(table, starts, gamma, infinite_horizon))
-    torch.testing.assert_close(table["mc_return"].double(), expected, rtol=1.2e-7, atol=0)
+    """Of the rewards as the critics see them."""
+    settings = {"gamma": gamma, "infinite_horizon": infinite_horizon}
+    agent = make_cal_ql(**settings, reward_scale=2.0, reward_shift=-0.5)
+    rng = np.random.default_rng(5)
+    for count, terminated in EPISODES:
+        rewards = rng.normal(size=count).astype(np.float32)
+        rows = agent.rows(make_episode(rewards, terminated))
+        seen = (2 * rewards - np.float32(0.5)).tolist()
+        expected = torch.tensor(returns_of(seen, terminated, gamma, infinite_horizon))
+        assert rows["mc_return"].dtype == torch.float32
+        torch.testing.assert_close(rows["mc_return"].double(), expected, rtol=1.2e-6, atol=1e-6)
 
 
 def test_returns_of_a_sparse_task():
     """The authors' rule for antmaze: -5 / (1 - gamma) at each step of an episode that failed."""
-    count = sum(length for length, _ in EPISODES)
-    table, starts = make_table(0.99, True, torch.full((count,), -5.0))
-    failed = torch.cat([table["mc_return"][starts[i] : starts[i + 1]] for i in (0, 1, 4)])
+    agent = make_cal_ql(gamma=0.99, infinite_horizon=True)
+    failed = agent.rows(make_episode([-5.0] * 14, False))["mc_return"]
     torch.testing.assert_close(failed.double(), torch.full((14,), -500.0), rtol=1e-6, atol=0)
-    assert (table["mc_return"][torch.stack([starts[3], starts[7], starts[8] - 1])] == -5).all()
-    again = table["mc_return"][starts[6] : starts[7]]  # after the goal of step 2 it fails
-    assert (again[:3] > -15).all() and (again[3:] < -499).all()
+    reached = agent.rows(make_episode([-5.0] * 3, True))["mc_return"]
+    assert reached[-1] == -5 and (reached > -15).all()
 
 
 def test_returns_are_summed_in_float64():
-    """Three thousand steps of 0.1 without a discount; rewards of any type stay as they were."""
-    agent = make_cal_ql(gamma=1.0)
-    for dtype in (torch.float32, torch.float64):
-        data = {name: torch.zeros(3_000).to(dtype) for name in agent.batch_fields[:-1]}
-        data["reward"] += 0.1
-        found = agent.table(data, torch.tensor([0, 3_000]))["mc_return"]
-        assert found.dtype == torch.float32 and (data["reward"] == data["reward"][0]).all()
-        expected = torch.arange(3_000, 0, -1) * float(data["reward"][0])
-        torch.testing.assert_close(found.double(), expected, rtol=1e-7, atol=0)
+    """Three thousand steps of 0.1 without a discount."""
+    found = make_cal_ql(gamma=1.0).rows(make_episode([0.1] * 3_000, True))["mc_return"]
+    expected = torch.arange(3_000, 0, -1) * float(np.float32(0.1))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-7, atol=0)
 
 
 def test_an_infinite_horizon_needs_a_discount():
@@ -318,13 +287,13 @@ def test_an_infinite_horizon_needs_a_discount():
 def test_explores_with_draws_in_the_environments_units():
     """a = center + half_range tanh(mean + std noise), from observations in its units too."""
     agent, (batch, noise) = make_cal_ql(), make_inputs(6)
-    obs, scaler = 3 * batch["obs"], agent.scaler
+    obs = 3 * batch["obs"]
     action = agent.explore(obs, noise["actor"])
     assert not action.requires_grad
     low, high = torch.tensor([-2.0, -1.0, 0.0]), torch.tensor([2.0, 3.0, 0.5])
     clipped = 0
     for k in range(SEEDS):
-        out = forward((obs[k] - scaler.obs_mean) / scaler.obs_std, matrices(agent.actor.net, k))
+        out = forward((obs[k] - agent.obs_mean) / agent.obs_std, matrices(agent.actor.net, k))
         mean, log_std = out[:, :ACT], out[:, ACT:]
         clipped += int((log_std > 2).sum())
         raw = mean + torch.clip(log_std, -20, 2).exp() * noise["actor"][k]

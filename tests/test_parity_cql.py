@@ -12,6 +12,7 @@ from plain import (
     ACT,
     BATCH,
     SEEDS,
+    UNIT,
     PlainAdam,
     check_act,
     check_moments,
@@ -20,6 +21,7 @@ from plain import (
     forward,
     make_agent,
     make_batch,
+    make_units,
     matrices,
     member,
     of_member,
@@ -277,14 +279,12 @@ def test_updates(settings):
             for i in range(2):
                 check_weights(agent.critic, 2 * k + i, one.critics[i], f"critic {i}")
                 check_weights(agent.target_critic, 2 * k + i, one.targets[i], f"target {i}")
-    check_moments(agent.actor_optimizer, agent.actor, [one.actor_adam for one in plain])
-    check_moments(agent.critic_optimizer, agent.critic, [one.critic_adam for one in plain])
+    check_moments(agent.actor_adam, [one.actor_adam for one in plain])
+    check_moments(agent.critic_adam, [one.critic_adam for one in plain])
     if agent.cfg.learn_entropy_coef:
-        scalar = SimpleNamespace(parameters=lambda: [agent.log_entropy_coef])
-        check_moments(agent.entropy_optimizer, scalar, [one.coef_adam for one in plain])
+        check_moments(agent.entropy_adam, [one.coef_adam for one in plain])
     if agent.cfg.lagrange:
-        scalar = SimpleNamespace(parameters=lambda: [agent.log_multiplier])
-        check_moments(agent.multiplier_optimizer, scalar, [one.multiplier_adam for one in plain])
+        check_moments(agent.multiplier_adam, [one.multiplier_adam for one in plain])
 
 
 def test_densities_are_those_of_torch_distributions():
@@ -307,8 +307,9 @@ def test_densities_are_those_of_torch_distributions():
 def test_log_sum_exp_estimates_the_integral():
     """With the weights of importance: the integral of exp(Q) over all actions, for any policy."""
     script = load_script("cql")
-    cfg = script.TrainConfig(num_actions=40_000, hidden_dim=4)
-    agent = script.CQL(cfg, script.Scaler([0.0], [1.0], [-1.0], [1.0]))
+    cfg = script.TrainConfig(hidden_dim=4)
+    cfg.num_actions = 40_000  # more than anyone would train with
+    agent = script.CQL(cfg, make_units(*UNIT))
     with torch.no_grad():
         for p in agent.critic.parameters():
             p.mul_(3)
@@ -331,7 +332,7 @@ def test_log_sum_exp_estimates_the_integral():
 def test_unseen_actions_are_pushed_below_those_of_the_data(regularizer):
     """A bandit of one state: every action of the data lies in (-0.8, -0.4) and earns 1."""
     script, q = load_script("cql"), {}
-    scaler = script.Scaler([0.0], [1.0], [-1.0], [1.0])
+    scaler = make_units(*UNIT)
     for alpha in (0.0, 1.0):
         cfg = script.TrainConfig(
             regularizer=regularizer, alpha=alpha, batch_size=16, hidden_dim=16, hidden_layers=1,
@@ -372,11 +373,11 @@ def test_the_end_of_cloning_compiles_once_more(monkeypatch):
         traced = {"fullgraph": True, "backend": "aot_eager"}
         patch.setattr(torch, "compile", lambda f, **_: compile_(f, **traced))
         cfg = dataclasses.replace(compiled.cfg, compile="true")
-        assert script.compile_update(compiled, cfg, torch.device("cpu"), 6)
+        update = script.compiled(compiled.update, cfg, torch.device("cpu"))
     torch._dynamo.utils.counters.clear()
     for step in range(6):
         args = (*make_inputs(step), *eager.variant(step))
-        expected, found = eager.update(*args), compiled.update(*args)
+        expected, found = eager.update(*args), update(*args)
         for name in expected:
             torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-7)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

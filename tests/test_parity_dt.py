@@ -16,8 +16,9 @@ import pytest
 import torch
 import yaml
 from conftest import TOY, load_script, toy_episodes, words
-from plain import ACT, OBS, SEEDS, make_agent, of_member, same
-from test_runs import Ends, Population, load, rows
+from plain import ACT, OBS, SEEDS, check_moments, make_agent, of_member, same
+from test_data import Ends, load, policy_of
+from test_runs import rows
 
 K, WINDOWS, TIMES = 4, 5, 9  # steps of a window, windows of a batch, times in the table
 SIZE = {"context": K, "batch_size": WINDOWS, "max_episode_steps": TIMES, "hidden_dim": 8}
@@ -167,7 +168,7 @@ class PlainAdamW:
 def test_actions_loss_and_gradients(heads):
     agent, (batch, noise) = make_dt(attention_heads=heads, dropout=0.3), make_windows(3)
     inputs = [batch[name] for name in ("obs", "action", "return_to_go", "timestep")]
-    policy = agent.actor(*inputs, agent.dropout_masks(noise))
+    policy = agent.actor(*inputs, noise["kept"] / 0.7)
     loss = agent.actor_loss(batch, noise)
     found = torch.autograd.grad(loss.sum(), list(agent.actor.parameters()))
     assert loss.shape == (SEEDS,) and policy.shape == batch["action"].shape
@@ -206,8 +207,6 @@ def test_updates():
         batch, noise = make_windows(10 + step)
         kept = copy.deepcopy((batch, noise))
         lr = 0.02 * min(step + 1, 3) / 3
-        assert agent.learning_rates(step) == {agent.actor_optimizer: pytest.approx(lr, rel=1e-12)}
-        agent.actor_optimizer.param_groups[0]["lr"] = lr
         losses = [one.loss(batch, noise, k) for k, one in enumerate(plain)]
         steps = zip(optimizers, losses, strict=True)
         norms = [optimizer.step(loss, lr, 0.1, 1.0) for optimizer, loss in steps]
@@ -222,11 +221,7 @@ def test_updates():
             for name, p in agent.actor.named_parameters():
                 check_weight(name, p[k].detach(), plain[k].w[name].detach())
     assert 0 < sum(clipped) < len(clipped), clipped
-    states = [agent.actor_optimizer.state[p] for p in agent.actor.parameters()]
-    for k, one in enumerate(optimizers):
-        for state, m, v in zip(states, one.m, one.v, strict=True):
-            same(state["exp_avg"][k], m, "first moment")
-            same(state["exp_avg_sq"][k], v, "second moment")
+    check_moments(agent.actor_adam, optimizers)
 
 
 def check_weight(name, actual, expected) -> None:
@@ -280,9 +275,9 @@ def test_windows_do_not_see_each_other():
 
 def test_initial_weights():
     dt = load_script("dt")
-    cfg = dt.TrainConfig(num_seeds=2)
-    scaler = dt.Scaler(torch.zeros(5), torch.ones(5), -torch.ones(3), torch.ones(3))
-    found = {name: p.detach() for name, p in dt.DT(cfg, scaler).actor.named_parameters()}
+    sizes = {name: torch.ones(5 if "obs" in name else 3) for name in dt.Agent.units}
+    agent = dt.DT(dt.TrainConfig(num_seeds=2), sizes)
+    found = {name: p.detach() for name, p in agent.actor.named_parameters()}
     for name, p in found.items():
         if name.startswith("blocks.") and "norm" not in name:
             scale = float(p.double().square().mean().sqrt())
@@ -295,21 +290,23 @@ def test_initial_weights():
 # ---- windows
 
 
+BEST = max(episode.rewards.sum(dtype=np.float64) for episode in toy_episodes())
+
+
 def toy_table(**settings):
     dt = load_script("dt")
-    dataset, cfg = load(dt), dt.TrainConfig(context=6, **settings)
-    agent = dt.DT(cfg, dt.fit_scaler(dataset, cfg))
-    data = dt.prepare(dataset, cfg, agent.scaler)
-    return agent, agent.table(data, torch.as_tensor(dataset.starts)), dataset
+    (episodes, space, _), cfg = load(dt), dt.TrainConfig(context=6, **settings)
+    agent = dt.DT(cfg, dt.measure(episodes, space, cfg))
+    each = [agent.rows(episode) for episode in episodes]
+    return agent, {name: torch.cat([part[name] for part in each]) for name in each[0]}
 
 
 def test_windows_by_hand():
     """From every row of the data: never beyond the episode's end, returns to the very end."""
-    agent, table, dataset = toy_table()
-    count = len(dataset.transitions["reward"])
-    assert all(len(values) == count for values in table.values())
-    batch = agent.gather(table, torch.arange(count).reshape(1, -1).expand(2, -1))
-    assert batch.keys() == set(agent.batch_fields)
+    agent, table = toy_table()
+    assert {len(values) for values in table.values()} == {71}
+    batch = agent.gather(table, torch.arange(71).expand(2, -1))
+    assert batch.keys() == {"obs", "action", "return_to_go", "timestep", "mask"}
     row = 0
     for episode in toy_episodes():
         steps = len(episode.rewards)
@@ -322,24 +319,25 @@ def test_windows_by_hand():
                 for i in range(length):
                     left = sum(float(r) for r in episode.rewards[t + i :]) / 1000
                     assert float(window["return_to_go"][i]) == pytest.approx(left, abs=1e-8)
-                    obs = agent.scaler.obs(torch.as_tensor(episode.observations[t + i]))
-                    torch.testing.assert_close(window["obs"][i], obs)
+                    seen = torch.as_tensor(episode.observations[t + i])
+                    seen = (seen - agent.obs_mean) / agent.obs_std
+                    torch.testing.assert_close(window["obs"][i], seen)
                     action = torch.as_tensor(episode.actions[t + i]) / 2
                     torch.testing.assert_close(window["action"][i], action)
                 assert all(values.isfinite().all() for values in window.values())
                 assert window["timestep"].max() < steps  # what pads is of the same episode
             row += 1
-    assert row == count
+    assert row == 71
 
 
 def test_targets():
-    agent, _, dataset = toy_table()
-    assert [float(x) for x in agent.targets()] == [pytest.approx(dataset.returns.max(), rel=1e-6)]
-    agent, _, _ = toy_table(target_returns="3600, 1.8e3,-5")
-    assert agent.targets() == [3600, 1800, -5]
-    agent, _, dataset = toy_table(target_returns="50%, 7, 100 %,7.0")
-    best = dataset.returns.max()
-    assert [float(x) for x in agent.targets()] == pytest.approx([best / 2, 7, best], rel=1e-6)
+    def targets(*text):
+        settings = {"target_returns": text[0]} if text else {}
+        return [float(x) for x in toy_table(**settings)[0].targets()]
+
+    assert targets() == pytest.approx([BEST], rel=1e-6)
+    assert targets("3600, 1.8e3,-5") == [3600, 1800, -5]
+    assert targets("50%, 7, 100 %,7.0") == pytest.approx([BEST / 2, 7, BEST], rel=1e-6)
 
 
 @pytest.mark.parametrize("text", ["much", "3600; 1800", "nan", "1, inf", "", "%", "1%%"])
@@ -370,7 +368,7 @@ def test_acts_at_the_start_and_later():
     for k in range(SEEDS):
         plain = Plain(agent, k)
         for b in range(WINDOWS):
-            seen = (obs[k, b] - agent.scaler.obs_mean) / agent.scaler.obs_std
+            seen = (obs[k, b] - agent.obs_mean) / agent.obs_std
             begin = plain.forward(seen[:1], raw[k, b, :1], torch.tensor([0.7]), [0])[-1]
             same(first[k, b], low + (high - low) * (begin + 1) / 2, "first action")
             times = [min(t, TIMES - 1) for t in time.tolist()]  # the table ends there
@@ -378,12 +376,12 @@ def test_acts_at_the_start_and_later():
             same(later[k, b], low + (high - low) * (policy + 1) / 2, "later action")
 
 
-def plain_episode(plain, scaler, env, seed: int, target: float) -> tuple[float, int]:
+def plain_episode(plain, agent, env, seed: int, target: float) -> tuple[float, int]:
     """One episode, every action from the whole window of the last K steps, as in the paper."""
     obs, over, total = env.reset(seed=seed)[0], False, 0.0
     observations, actions, returns, cfg = [], [], [target], plain.cfg
     while not over:
-        observations.append((torch.as_tensor(obs).double() - scaler.obs_mean) / scaler.obs_std)
+        observations.append((torch.as_tensor(obs).double() - agent.obs_mean) / agent.obs_std)
         actions.append(torch.zeros(1))
         begin = max(0, len(actions) - cfg.context)
         left = torch.tensor(returns)[begin:] / cfg.return_scale
@@ -410,7 +408,7 @@ def test_evaluation_equals_a_plain_loop(env_id, seeds):
     assert dt.main(words(**settings)) == 0
     if env_id == "Ends-v0":
         assert {s for s in Ends.seeds if s} == {123, 124, 125}
-    agent = Population(dt, "run").module
+    agent = policy_of(dt, "run")
     env = gym.make(minari.load_dataset(TOY).spec.env_spec if env_id == "auto" else env_id)
     episodes, metrics = rows("run/episodes.jsonl"), rows("run/metrics.jsonl")
     assert [(r["seed"], r["target"], r["episode"]) for r in episodes] == [
@@ -422,7 +420,7 @@ def test_evaluation_equals_a_plain_loop(env_id, seeds):
         for number, target in enumerate(targets):
             at = 6 * member + 3 * number
             played = [(r["return"], r["length"]) for r in episodes[at : at + 3]]
-            expected = [plain_episode(plain, agent.scaler, env, 123 + i, target) for i in range(3)]
+            expected = [plain_episode(plain, agent, env, 123 + i, target) for i in range(3)]
             assert [length for _, length in played] == [length for _, length in expected]
             found = [value for value, _ in played]
             np.testing.assert_allclose(found, [x for x, _ in expected], rtol=1e-6, atol=1e-3)
@@ -440,9 +438,10 @@ def test_the_agent_is_told_what_is_left(monkeypatch):
     dt, told = load_script("dt"), []
     act, step, rewards = dt.DT.act, Ends.step, []
 
-    def spy(agent, **window):
-        told.append({name: x.clone() for name, x in window.items()})
-        return act(agent, **window)
+    def spy(agent, *window):
+        names = ("obs", "action", "return_to_go", "timestep")
+        told.append({name: x.clone() for name, x in zip(names, window, strict=True)})
+        return act(agent, *window)
 
     def log(env, action):
         result = step(env, action)
@@ -466,21 +465,12 @@ def test_the_agent_is_told_what_is_left(monkeypatch):
             np.testing.assert_allclose(window["action"][0, j, :-1, 0], taken, rtol=1e-6)
 
 
-def test_a_checkpoint_keeps_the_best_return_of_its_data(capsys, monkeypatch):
-    dt, asked = load_script("dt"), []
+def test_a_checkpoint_keeps_the_best_return_of_its_data():
+    dt = load_script("dt")
     assert dt.main(words()) == 0
-    shown = capsys.readouterr().out.splitlines()[-2]
-    assert dt.main(["--checkpoint", "run", "--eval_only", "true"]) == 0
-    assert capsys.readouterr().out.splitlines()[-2] == shown
-    act = dt.DT.act
-    monkeypatch.setattr(
-        dt.DT, "act", lambda *a, **w: asked.append(w["return_to_go"]) or act(*a, **w)
-    )
-    assert dt.main(["--checkpoint", "run", "--eval_only", "true", "--target_returns", "99"]) == 0
-    assert (asked[0] == 99).all()
+    assert [float(x) for x in policy_of(dt, "run").targets()] == pytest.approx([BEST], rel=1e-6)
+    assert {row["target"] for row in rows("run/episodes.jsonl")} == {float(np.float32(BEST))}
     result = json.loads(Path("run/result.json").read_text())
-    (target,) = {row["target"] for row in rows("run/episodes.jsonl")}
-    assert target == pytest.approx(load(dt).returns.max(), rel=1e-6)
     assert "eval/return_target_2" not in result["last"][0]
     assert yaml.safe_load(Path("run/config.yaml").read_text())["target_returns"] == "100%"
 

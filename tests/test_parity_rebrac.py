@@ -209,8 +209,8 @@ def test_updates(settings):
             for i in range(2):
                 check_critic(agent.critic, 2 * k + i, one.critics[i], f"critic {i}")
                 check_critic(agent.target_critic, 2 * k + i, one.targets[i], f"target {i}")
-    check_moments(agent.actor_optimizer, agent.actor, [one.actor_adam for one in plain])
-    check_moments(agent.critic_optimizer, agent.critic, [one.critic_adam for one in plain])
+    check_moments(agent.actor_adam, [one.actor_adam for one in plain])
+    check_moments(agent.critic_adam, [one.critic_adam for one in plain])
 
 
 def test_the_next_action_of_a_terminal_step_does_not_matter():
@@ -264,16 +264,12 @@ def test_defaults_are_the_papers():
 def test_next_actions_stay_within_their_episode(monkeypatch):
     """The toy data's episodes: 30 steps and terminated, 40 and truncated, 1 and terminated."""
     torch.set_default_dtype(torch.float32)
-    script, runs = load_script("rebrac"), []
-    start = script.Run.start
-
-    def keep(run, *rest):
-        start(run, *rest)
-        runs.append(run.data)
-
-    monkeypatch.setattr(script.Run, "start", keep)
+    script, tables = load_script("rebrac"), []
+    batches = script.batches
+    monkeypatch.setattr(script, "batches", lambda *args: tables.append(args[1]) or batches(*args))
     assert script.main(words(num_updates=1, env_id="none")) == 0
-    rows = {name: [] for name in script.ReBRAC.batch_fields}
+    names = ("obs", "action", "reward", "next_obs", "next_action", "terminated")
+    rows = {name: [] for name in names}
     for episode in toy_episodes():
         steps = len(episode.rewards)
         for t in range(steps):
@@ -286,24 +282,48 @@ def test_next_actions_stay_within_their_episode(monkeypatch):
             rows["next_action"].append([0.0] if terminated else episode.actions[t + 1] / 2)
             rows["reward"].append(episode.rewards[t])
             rows["terminated"].append(float(terminated))
-    assert len(rows["obs"]) == 30 + 39 + 1 and runs[0].keys() == rows.keys()
+    assert len(rows["obs"]) == 30 + 39 + 1 and tables[0].keys() == rows.keys()
     for name, expected in rows.items():
-        torch.testing.assert_close(runs[0][name], torch.tensor(np.array(expected, np.float32)))
+        torch.testing.assert_close(tables[0][name], torch.tensor(np.array(expected, np.float32)))
 
 
-def test_a_table_of_one_two_and_three_steps():
-    """Cut off at one step; two steps to a termination; one in the middle, by `success_reward`."""
+@pytest.mark.parametrize(("steps", "terminated"), [(1, False), (1, True), (2, True), (3, False)])
+def test_rows_of_one_two_and_three_steps(steps, terminated):
     agent = make_rebrac()
-    data = {name: torch.arange(6.0) for name in ("reward", "terminated")}
-    data["obs"] = data["next_obs"] = torch.arange(6.0 * OBS).reshape(6, OBS)
-    data["action"] = torch.arange(1.0, 7.0).repeat_interleave(ACT).reshape(6, ACT)
-    data["terminated"] = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 0.0])
-    before = copy.deepcopy(data)
-    table = agent.table(data, torch.tensor([0, 1, 3, 6]))
-    assert table["reward"].tolist() == [1, 2, 3, 4]
-    assert table["next_action"][:, 0].tolist() == [3, 0, 5, 6]
-    assert table["next_action"].shape == (4, ACT)
-    assert all(torch.equal(data[name], before[name]) for name in before), "it changed its input"
+    episode = {name: np.arange(1.0, steps + 1) for name in ("reward", "truncated")}
+    episode["obs"] = np.arange((steps + 1.0) * OBS).reshape(-1, OBS)
+    episode["action"] = np.arange(1.0, steps + 1).repeat(ACT).reshape(-1, ACT) / 10
+    episode["terminated"] = np.arange(steps) == steps - 1 if terminated else np.zeros(steps)
+    rows, known = agent.rows(episode), steps if terminated else steps - 1
+    assert {len(values) for values in rows.values()} == {known}
+    following = [*rows["action"][1:], torch.zeros(ACT)] if terminated else None
+    if terminated:
+        assert torch.equal(rows["next_action"], torch.stack(following))
+    elif known:
+        whole = agent.rows({**episode, "terminated": np.arange(steps) == steps - 1})
+        assert torch.equal(rows["next_action"], whole["action"][1:])
+
+
+def test_penalties_fall_online_only():
+    """Constant offline; then beta_1 falls on a line to its share, beta_2 is its share at once."""
+    settings = {"actor_penalty": 0.4, "critic_penalty": 0.8, "online_actor_share": 0.25}
+    settings |= {"online_critic_share": 0.5, "num_updates": 10}
+    agent = make_agent("rebrac", "ReBRAC", online_steps=4, updates_per_step=2, **settings)
+    offline = make_agent("rebrac", "ReBRAC", **settings)
+    expected = {
+        0: (1, 1),
+        9: (1, 1),
+        10: (1, 0.5),
+        12: (0.75, 0.5),
+        16: (0.25, 0.5),
+        17: (0.25, 0.5),
+    }
+    for step, (actor_share, critic_share) in expected.items():
+        agent.critic_adam.steps.fill_(step)
+        found = [float(x) for x in agent.penalties()]
+        assert found == pytest.approx([0.4 * actor_share, 0.8 * critic_share])
+        offline.critic_adam.steps.fill_(min(step, 9))
+        assert [float(x) for x in offline.penalties()] == pytest.approx([0.4, 0.8])
 
 
 def test_data_without_any_next_action_is_refused(refused, tmp_path):

@@ -159,8 +159,8 @@ def test_updates():
             for i in range(2):
                 check_weights(agent.critic, 2 * k + i, one.critics[i], f"critic {i}")
                 check_weights(agent.target_critic, 2 * k + i, one.targets[i], f"target {i}")
-    check_moments(agent.actor_optimizer, agent.actor, [one.actor_adam for one in plain])
-    check_moments(agent.critic_optimizer, agent.critic, [one.critic_adam for one in plain])
+    check_moments(agent.actor_adam, [one.actor_adam for one in plain])
+    check_moments(agent.critic_adam, [one.critic_adam for one in plain])
 
 
 def test_acts_with_the_policy_itself():

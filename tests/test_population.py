@@ -1,4 +1,4 @@
-"""Laws that hold for every script: seeds as a tensor axis, optimizers, targets, devices, compiling.
+"""Laws that hold for every script: seeds as a tensor axis, Adam, targets, devices, compiling.
 
 A short run on the toy data is recorded (what its agent is made of, what `update` is given); the
 laws are then tried on agents made anew from the record, so no test knows an algorithm.
@@ -6,7 +6,6 @@ laws are then tried on agents made anew from the record, so no test knows an alg
 
 import copy
 import dataclasses
-import inspect
 import itertools
 import json
 import math
@@ -18,6 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SCRIPTS, load_script, words
+from test_runs import agent_of, crash_at, leaves, rows, saved
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,23 +31,10 @@ THOROUGH |= {"behavior_updates": 1, "warm_start": 2, "learn_alpha": "true", "vae
 METRIC = re.compile(r"(train|eval|time|online)/[a-z0-9_]+")
 
 
-def agent_of(script) -> type:
-    """The script's agent: its one class with an `update` and the frame's `Agent` as base."""
-    classes = [c for c in vars(script).values() if inspect.isclass(c)]
-    (found,) = [c for c in classes if issubclass(c, script.Agent) and c is not script.Agent]
-    return found
-
-
-def fields_of(script) -> set[str]:
-    return {spec.name for spec in dataclasses.fields(script.TrainConfig)}
-
-
-def train(script, run_dir: str, **settings) -> Path:
-    """A short run without evaluation, unless `settings` want one."""
-    more = {name: value for name, value in THOROUGH.items() if name in fields_of(script)}
-    argv = words(**{"run_dir": run_dir, "env_id": "none", "compile": "false", **more, **settings})
-    assert script.main(argv) == 0
-    return Path(run_dir)
+def line(script, **settings) -> list[str]:
+    """The command line of a short run without evaluation, unless `settings` want one."""
+    more = {k: v for k, v in THOROUGH.items() if k in script.TrainConfig.__dataclass_fields__}
+    return words(**{"env_id": "none", "compile": "false", **more, **settings})
 
 
 class Record:
@@ -77,7 +65,7 @@ def record(script, monkeypatch, run_dir: str = "recorded", **settings) -> Record
     with monkeypatch.context() as patch:
         patch.setattr(agent_class, "__init__", init)
         patch.setattr(agent_class, "update", update)
-        kept.folder = train(script, run_dir, **{"num_seeds": SEEDS, **settings})
+        assert script.main(line(script, run_dir=run_dir, **{"num_seeds": SEEDS, **settings})) == 0
     assert kept.calls
     return kept
 
@@ -87,37 +75,17 @@ def recorded(script, monkeypatch):
     return record(script, monkeypatch)
 
 
-def update_all(agent, calls) -> list[dict]:
+def update_all(update, calls) -> list[dict]:
     """The recorded updates, each on copies of its arguments."""
-    return [agent.update(*pytree.tree_map_only(torch.Tensor, torch.clone, args)) for args in calls]
+    return [update(*pytree.tree_map_only(torch.Tensor, torch.clone, args)) for args in calls]
 
 
-def of_members(tensors: dict) -> dict:
-    """Tensors [S*E, ...] as [S, E, ...]; the scaler belongs to the data, not to a member."""
-    own = {name: x for name, x in tensors.items() if not name.startswith("scaler.") and x.dim()}
-    return {name: x.detach().unflatten(0, (SEEDS, -1)) for name, x in own.items()}
-
-
-def everything(agent) -> dict:
-    """All that training changes: weights, targets and the optimizers' state."""
-    tensors = dict(agent.state_dict())
-    for name, optimizer in vars(agent).items():
-        if isinstance(optimizer, torch.optim.Optimizer):
-            for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-                for key, value in optimizer.state[p].items():
-                    tensors[f"{name}.{i}.{key}"] = value
-    return tensors
-
-
-def saved_tensors(folder: Path) -> dict:
-    """Every tensor of a checkpoint, named by its path."""
-    saved = torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
-    leaves = pytree.tree_flatten_with_path(saved)[0]
-    return {pytree.keystr(path): x for path, x in leaves if isinstance(x, torch.Tensor)}
-
-
-def rows(folder: Path, name: str) -> list[dict]:
-    return [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
+def of_members(agent) -> dict:
+    """All that training changes, weights, targets, moments; [S*E, ...] as [S, E, ...]."""
+    state = {k: x for k, x in agent.state_dict().items() if k not in agent.units}
+    own = {k: x.unflatten(0, (SEEDS, -1)) for k, x in state.items() if not k.endswith(".steps")}
+    assert own and any("_adam.m0" in name for name in own)
+    return own
 
 
 # ---- the two laws
@@ -138,15 +106,19 @@ def test_no_cross_talk(recorded, change):
             elif values.is_floating_point():
                 values[1] = torch.rand(values[1].shape, generator=g)
     if change == "weights":
-        for values in of_members(dict(changed.named_parameters())).values():
-            values[1] += torch.rand(values[1].shape, generator=g)
-    expected, found = update_all(plain, recorded.calls), update_all(changed, calls)
+        for p in changed.parameters():
+            own = p.detach().unflatten(0, (SEEDS, -1))[1]
+            own += torch.rand(own.shape, generator=g)
+    expected, found = (
+        update_all(agent.update, each)
+        for agent, each in ((plain, recorded.calls), (changed, calls))
+    )
     for before, after in zip(expected, found, strict=True):
         for name in before:
             assert before[name].shape == (SEEDS,), f"metric {name} has no value per member"
             assert torch.equal(before[name][[0, 2]], after[name][[0, 2]]), name
         assert any(not torch.equal(before[name][1], after[name][1]) for name in before)
-    expected, found = of_members(everything(plain)), of_members(everything(changed))
+    expected, found = of_members(plain), of_members(changed)
     assert expected.keys() == found.keys()
     for name in expected:
         assert torch.equal(expected[name][[0, 2]], found[name][[0, 2]]), name
@@ -157,24 +129,23 @@ def test_alone_or_together(script, monkeypatch):
     """Member k of a population is the solo run of its seed: start, weights, logs, evaluation."""
     run = {"num_updates": 40, "env_id": "auto", "eval_every": 20, "log_every": 10}
     together = record(script, monkeypatch, "together", seed=5, **run)
-    start, end = of_members(everything(together.new())), of_members(everything(together.agent))
+    start, end = of_members(together.new()), of_members(together.agent)
     for k in range(SEEDS):
         alone = record(script, monkeypatch, f"alone{k}", seed=5 + k, num_seeds=1, **run)
         for ours, theirs in zip(together.calls, alone.calls, strict=True):
             for name in (ours[0] | ours[1]).keys():
                 member_, solo = (args[0].get(name, args[1].get(name)) for args in (ours, theirs))
                 assert torch.equal(member_[k], solo[0]), f"{name} is drawn differently"
-        solo_start, solo_end = everything(alone.new()), everything(alone.agent)
+        solo_start, solo_end = alone.new().state_dict(), alone.agent.state_dict()
         for name in start:
             assert torch.equal(start[name][k], solo_start[name]), f"{name} starts differently"
         for name in end:
             close(end[name][k], solo_end[name], name)
         for file in ("metrics.jsonl", "episodes.jsonl"):
-            ours = [row for row in rows("together", file) if row["seed"] == 5 + k]
-            theirs = rows(f"alone{k}", file)
+            ours = [row for row in rows(f"together/{file}") if row["seed"] == 5 + k]
+            theirs = rows(f"alone{k}/{file}")
             assert len(ours) == len(theirs) > 0
             for a, b in zip(ours, theirs, strict=True):
-                a, b = ({n: x for n, x in row.items() if n[:5] != "time/"} for row in (a, b))
                 assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
 
 
@@ -201,27 +172,27 @@ def test_members_differ(recorded):
 
 
 def test_runs_repeat_to_the_bit(script):
-    first, second = (train(script, name, env_id="auto", num_seeds=2) for name in ("one", "two"))
-    ours, theirs = saved_tensors(first), saved_tensors(second)
-    assert ours.keys() == theirs.keys() and any("exp_avg" in name for name in ours)
-    for name in ours:
-        assert torch.equal(ours[name], theirs[name]), name
+    for name in ("one", "two"):
+        assert script.main(line(script, run_dir=name, env_id="auto", num_seeds=2)) == 0
+    ours, theirs = (dict(leaves(saved(name)["agent"])) for name in ("one", "two"))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
     for file in ("metrics.jsonl", "episodes.jsonl"):
-        for a, b in zip(rows(first, file), rows(second, file), strict=True):
-            assert {n: x for n, x in a.items() if n[:5] != "time/"} == {
-                n: x for n, x in b.items() if n[:5] != "time/"
-            }
+        assert rows(f"one/{file}") == rows(f"two/{file}")
 
 
-def test_metrics_are_finite_and_named_well(recorded, script):
-    found = set()
-    for row in rows(recorded.folder, "metrics.jsonl"):
-        for name, value in row.items():
+def test_metrics_are_finite_and_named_well(script, monkeypatch):
+    kept, found = record(script, monkeypatch, env_id="auto"), set()
+    for text in Path("recorded/metrics.jsonl").read_text().splitlines():
+        for name, value in json.loads(text).items():
             assert name in ("update", "seed", "final") or METRIC.fullmatch(name), name
             assert math.isfinite(value), name
             found.add(name)
-    logged = {f"train/{name}" for name in recorded.names}
-    assert logged <= found
+    logged = {f"train/{name}" for name in kept.names}
+    evaluated = {f"eval/{name}" for name in ("return", "score", "length")}
+    timed = {"time/updates_per_second", "time/evaluation_seconds"}
+    assert found == {"update", "seed", "final"} | logged | evaluated | timed
     missing = [name for name in logged if f"`{name}`" not in script.__doc__]
     assert not missing, f"the docstring does not say what these metrics mean: {missing}"
 
@@ -257,7 +228,7 @@ def test_an_agents_layers_keep_that_bound(recorded, script):
         assert layer.weight.abs().max() <= bound and layer.bias.abs().max() <= bound
 
 
-# ---- optimizers and targets
+# ---- Adam and targets
 
 
 def targets_of(agent) -> dict:
@@ -266,62 +237,37 @@ def targets_of(agent) -> dict:
     return {m: modules[n.removeprefix("target_")] for n, m in modules.items() if "target_" in n}
 
 
-def check_optimizers(agent, script) -> None:
-    optimizers = script.optimizers_of(agent).values()
-    held = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-    names = {id(p): name for name, p in agent.named_parameters()}
-    assert all(id(p) in names for p in held), "an optimizer moves what is not the agent's"
+def check_adams(agent, script) -> None:
+    held = [p for m in agent.modules() if isinstance(m, script.Adam) for p in m.params]
     for name, p in agent.named_parameters():
         times = sum(p is other for other in held)
-        assert times == (1 if p.requires_grad else 0), f"{name} is in {times} optimizers"
-    for target, online in targets_of(agent).items():
+        assert times == (1 if p.requires_grad else 0), f"{name} is in {times} Adams"
+    assert len(held) == sum(p.requires_grad for p in agent.parameters())
+    for target in targets_of(agent):
         assert not any(p.requires_grad for p in target.parameters())
-        memory = {p.data_ptr() for p in target.parameters()}
-        assert memory.isdisjoint(p.data_ptr() for p in online.parameters())
 
 
-def test_optimizers_hold_each_parameter_once_and_no_target(recorded, script, monkeypatch):
-    check_optimizers(recorded.new(), script)
-    check_optimizers(recorded.agent, script)
-    for p in [p for target in targets_of(recorded.agent) for p in target.parameters()]:
-        assert p.grad is None
+def test_adams_hold_each_parameter_once_and_no_target(recorded, script, monkeypatch):
+    """Also in a new run from the checkpoint, and in the same run after a crash."""
+    again = record(script, monkeypatch, "again", checkpoint="recorded", num_updates=8)
+    crash_at(monkeypatch, script, line(script, run_dir="cut", num_seeds=SEEDS), 5)
+    resumed = record(script, monkeypatch, "cut", resume="true")
+    assert (len(again.calls), len(resumed.calls)) == (2, 3)
+    for agent in (recorded.new(), recorded.agent, again.agent, resumed.agent):
+        check_adams(agent, script)
+        memory = [p.data_ptr() for p in agent.parameters()]
+        assert len(set(memory)) == len(memory), "a target shares memory with its network"
+    start = dict(recorded.new().named_parameters())
     for name, p in recorded.agent.named_parameters():
-        moved = not torch.equal(p, dict(recorded.new().named_parameters())[name])
-        assert moved, f"{name} never moved"
-    # A new run from the checkpoint, and the same run after an interruption.
-    again = record(script, monkeypatch, "again", checkpoint="recorded", num_updates=2)
-    check_optimizers(again.agent, script)
-    resumed = interrupted(script, monkeypatch)
-    check_optimizers(resumed.agent, script)
-    assert len(resumed.calls) == 3
-    for a, b in zip(
-        everything(resumed.agent).values(), everything(recorded.agent).values(), strict=True
-    ):
-        assert torch.equal(a, b)
+        assert not torch.equal(p, start[name]), f"{name} never moved"
+    for name, x in recorded.agent.state_dict().items():
+        assert torch.equal(resumed.agent.state_dict()[name], x), name
 
 
-def interrupted(script, monkeypatch) -> Record:
-    """The recorded run again, stopped at update 3 and resumed."""
-    save, count = script.Run.save, []
-
-    def stop_after_saving(run):
-        save(run)
-        count.append(run.step)
-        raise KeyboardInterrupt
-
-    more = {name: value for name, value in THOROUGH.items() if name in fields_of(script)}
-    argv = words(run_dir="cut", env_id="none", compile="false", num_seeds=SEEDS, **more)
-    with monkeypatch.context() as patch:
-        patch.setattr(script.Run, "save", stop_after_saving)
-        assert script.main(argv) == 130
-    assert count == [3]
-    return record(script, monkeypatch, "cut", resume="true")
-
-
-def test_targets_move_by_tau_towards_the_new_weights(recorded, script):
+def test_targets_move_by_tau_towards_the_new_weights(recorded):
     agent = recorded.new()
     targets = targets_of(agent)
-    assert bool(targets) == ("tau" in fields_of(script))
+    assert bool(targets) == (hasattr(agent.cfg, "tau"))
     for target in targets:
         for p in target.parameters():
             p.data.add_(torch.rand_like(p))
@@ -345,24 +291,26 @@ def test_targets_move_by_tau_towards_the_new_weights(recorded, script):
 
 
 FRESH = """
-import importlib.util, sys, torch
+import importlib.util, json, sys, torch
 torch.set_num_threads(1)
 spec = importlib.util.spec_from_file_location("fresh", sys.argv[1])
 script = sys.modules["fresh"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
-evaluate = script.evaluate
-def spy(agent, *rest):
-    torch.save(agent.act(torch.load("obs.pt")), "action.pt")
-    return evaluate(agent, *rest)
-script.evaluate = spy
-sys.exit(script.main(["--checkpoint", "saved", "--eval_only", "true"]))
+saved = script.read_checkpoint("recorded")
+agent_class = vars(script)[saved["about"]["algorithm"]]
+units = {name: torch.ones_like(saved["agent"][name]) for name in agent_class.units}
+agent = agent_class(script.TrainConfig(**saved["config"]), units)
+agent.load_state_dict(saved["agent"])
+place = script.find_environment(agent.cfg, saved["about"], agent)
+torch.save(agent.act(torch.load("obs.pt")), "action.pt")
+print(json.dumps(script.evaluate(agent, *place, 3)))
 """
 
 
 def test_a_saved_policy_acts_the_same_in_a_fresh_process(script, monkeypatch):
-    """Through `--eval_only`: the same actions to the bit, and the same returns."""
-    saved = record(script, monkeypatch, "saved", env_id="auto", num_updates=40)
-    obs_std = saved.agent.scaler.obs_std
+    """The checkpoint holds all that acting needs: the same actions and episodes to the bit."""
+    kept = record(script, monkeypatch, env_id="auto", num_updates=40)
+    obs_std = kept.agent.obs_std
     assert not torch.equal(obs_std, torch.ones_like(obs_std)), "nothing would be normalised"
     g = torch.Generator().manual_seed(3)
     obs = 5 * torch.randn(SEEDS, 11, len(obs_std), generator=g)
@@ -370,11 +318,11 @@ def test_a_saved_policy_acts_the_same_in_a_fresh_process(script, monkeypatch):
     argv = [sys.executable, "-c", FRESH, script.__file__]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    action = saved.agent.act(obs)
+    action = kept.agent.act(obs)
     assert action.abs().max() <= 2 and len(torch.unique(action)) > 10
     assert torch.equal(torch.load("action.pt"), action)
-    for row in json.loads(Path("saved/result.json").read_text())["last"]:
-        assert f"seed {row['seed']}: return {row['eval/return']:.1f}" in done.stdout
+    final = [row for row in rows("recorded/episodes.jsonl") if row["final"]]
+    assert [{"update": 40, "final": True, **row} for row in json.loads(done.stdout)] == final
 
 
 # ---- devices and compiling
@@ -400,29 +348,30 @@ class OneDevice(TorchDispatchMode):
         return result
 
 
-def on_device(recorded, device: str):
-    """An agent on another device. Adam on meta would ask a step counter for its value: SGD."""
-    agent = recorded.new()
-    old = {id(p): name for name, p in agent.named_parameters()}
-    agent = agent.to(device)
-    new = dict(agent.named_parameters())
-    for name, optimizer in recorded.script.optimizers_of(agent).items():
-        groups = [[new[old[id(p)]] for p in g["params"]] for g in optimizer.param_groups]
-        setattr(agent, name, torch.optim.SGD([{"params": g} for g in groups], lr=0.1))
-    return agent
+@pytest.fixture
+def meta_works():
+    """What torch lacks: `to("meta")` keeps parameters, and Adam's kernel takes a tensor as rate."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    with torch.library._scoped_library("aten", "IMPL", "Meta") as library:
+        for name in ("_fused_adam_", "_fused_adamw_"):
+            library.impl(f"{name}.tensor_lr", lambda *_, **__: None)
+        yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
 
 
-def test_updates_stay_on_the_device(recorded):
+@pytest.mark.usefixtures("meta_works")
+def test_updates_stay_on_the_device(recorded, script):
     """On meta, where no value exists: nothing can be read by the host, nothing comes from it."""
-    agent = on_device(recorded, "meta")
+    agent = recorded.new().to("meta")
+    check_adams(agent, script)
     calls = pytree.tree_map_only(torch.Tensor, lambda x: x.to("meta"), recorded.calls)
-    obs = torch.empty(SEEDS, 4, len(agent.scaler.obs_mean), device="meta")
+    obs = torch.empty(SEEDS, 4, agent.obs_dim, device="meta")
     with OneDevice("meta") as mode:
         for args in calls:
             metrics = agent.update(*args)
             for name, value in metrics.items():
                 assert value.shape == (SEEDS,) and not value.requires_grad, name
-        assert agent.act(obs).shape[:2] == (SEEDS, 4)
+        assert agent.act(obs).shape == (SEEDS, 4, agent.act_dim)
     assert mode.seen > 10
 
 
@@ -436,9 +385,9 @@ def test_weights_are_sliced_only_where_a_part_is_meant():
             seen.append(nodes.pop(0).name())
         return seen.count("SliceBackward0")
 
-    iql = load_script("iql")
-    generators = [iql.generator(seed, "init") for seed in range(2)]
-    mlp = iql.MLP(generators, 3, [5, 5], 1, ensemble=2, layer_norm=True)
+    script = load_script("rebrac")
+    generators = [script.generator(seed, "init") for seed in range(2)]
+    mlp = script.MLP(generators, 3, [5, 5], 1, ensemble=2, norm=script.LayerNorm)
     assert slices() == 0 and slices(first=True) > 0
 
 
@@ -462,31 +411,58 @@ def test_the_device_test_has_teeth(trap):
         eval(trap, {"x": x, "torch": torch})
 
 
-def same_compiled(script, monkeypatch, backend: str, device="cpu", wish="true") -> None:
-    """20 updates, compiled as the frame does it: one graph for each variant of the update."""
-    kept = record(script, monkeypatch, num_updates=20, num_seeds=SEEDS, device=device)
-    eager, compiled = kept.new().to(device), kept.new().to(device)
+def same_compiled(script, monkeypatch, backend, device="cpu", wish="true") -> None:
+    """20 updates, compiled as the frame does it: one graph for each variant of the update.
+
+    In float64: in float32 a unit of a ReLU may be 0 for one and not for the other.
+    """
+    kept = record(script, monkeypatch, num_updates=20, hidden_layers=1, device=device)
+    eager, compiled = (kept.new().to(device).double() for _ in range(2))
+    double = lambda x: x.double() if x.is_floating_point() else x  # noqa: E731
+    calls = pytree.tree_map_only(torch.Tensor, double, kept.calls)
     torch._dynamo.reset()
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **kw: compile_(f, **{**kw, "backend": backend}))
     cfg = dataclasses.replace(compiled.cfg, compile=wish)
-    done = script.compile_update(compiled, cfg, torch.device(device), 20)
-    assert done == (True if wish == "true" else wish)
+    update = script.compiled(compiled.update, cfg, torch.device(device))
     torch._dynamo.utils.counters.clear()
-    found = update_all(compiled, kept.calls)
-    told = [[x for x in variant if not torch.is_tensor(x)] for _, _, *variant in kept.calls]
-    variants = set(map(tuple, told))
+    found = update_all(update, calls)
+    variants = {tuple(variant) for _, _, *variant in kept.calls}
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(variants)
-    for ours, theirs in zip(found, update_all(eager, kept.calls), strict=True):
+    for ours, theirs in zip(found, update_all(eager.update, calls), strict=True):
         for name in ours:
-            close(ours[name], theirs[name], name)
-    ours, theirs = everything(compiled), everything(eager)
+            close(ours[name], theirs[name], name, 1e-7)
+    ours, theirs = compiled.state_dict(), eager.state_dict()
     for name in theirs:
-        close(ours[name], theirs[name], name)
+        close(ours[name], theirs[name], name, 1e-7)
+
+
+def looking(unplaced: list):
+    """A backend without a compiler: it traces, and the graphs run as they are.
+
+    It keeps which of the inputs that a graph changes may move in memory: torch leaves CUDA graphs
+    out for these, and says so in a log line that nobody reads.
+    """
+
+    def look(graph, _):
+        about = torch._guards.TracingContext.get().fw_metadata
+        changed = set(about.mutated_inp_runtime_indices)
+        unplaced.append(sorted(changed - set(about.static_input_indices)))
+        return graph
+
+    return aot_autograd(fw_compiler=look, inference_compiler=look)
 
 
 def test_compiled_equals_eager(script, monkeypatch):
-    same_compiled(script, monkeypatch, "aot_eager")
+    unplaced = []
+    same_compiled(script, monkeypatch, looking(unplaced))
+    assert unplaced and not any(unplaced)
+
+
+def test_the_look_at_places_has_teeth():
+    unplaced = []
+    torch.compile(lambda x: x.add_(1), backend=looking(unplaced))(torch.ones(2))
+    assert unplaced == [[0]]
 
 
 def compiler_works() -> bool:
@@ -497,37 +473,12 @@ def compiler_works() -> bool:
     return True
 
 
-@pytest.mark.parametrize("name", [name for name in ("bc", "iql", "dt") if name in SCRIPTS])
+@pytest.mark.parametrize("name", [name for name in ("bc", "iql") if name in SCRIPTS])
 def test_compiled_by_inductor_equals_eager(name, monkeypatch):
     """The slow one: `-k 'not inductor'` leaves it out."""
     if not compiler_works():
         pytest.skip("torch.compile finds no C++ compiler here")
     same_compiled(load_script(name), monkeypatch, "inductor")
-
-
-@pytest.mark.parametrize("updates, chosen", [(19_999, "off"), (20_000, "on")])
-def test_auto_says_what_it_chose(updates, chosen, capsys, monkeypatch):
-    iql = load_script("iql")
-    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
-    cfg = iql.TrainConfig()
-    agent = iql.IQL(cfg, iql.Scaler(torch.zeros(3), torch.ones(3), -torch.ones(1), torch.ones(1)))
-    assert iql.compile_update(agent, cfg, torch.device("cpu"), updates) == (chosen == "on")
-    assert capsys.readouterr().out.splitlines() == [
-        f"compile: auto is {chosen} (on from 20,000 updates, on cpu)"
-    ]
-
-
-@pytest.mark.parametrize("wish", ["auto", "true"])
-def test_without_a_compiler_a_run_goes_on(wish, capsys, monkeypatch):
-    def broken(*_, **__):
-        raise RuntimeError("no compiler")
-
-    iql = load_script("iql")
-    monkeypatch.setattr(torch, "compile", broken)
-    cfg = iql.TrainConfig(compile=wish)
-    agent = iql.IQL(cfg, iql.Scaler(torch.zeros(3), torch.ones(3), -torch.ones(1), torch.ones(1)))
-    assert not iql.compile_update(agent, cfg, torch.device("cpu"), 100_000)
-    assert "compile: not possible here (RuntimeError)" in capsys.readouterr().out
 
 
 # ---- with a GPU
@@ -544,7 +495,7 @@ def test_updates_are_equal_on_cuda(recorded):
             found = [gpu.update(*args) for args in calls]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for ours, theirs in zip(found, update_all(cpu, recorded.calls), strict=True):
+    for ours, theirs in zip(found, update_all(cpu.update, recorded.calls), strict=True):
         for name in ours:
             close(ours[name].cpu(), theirs[name], name, 1e-3)
 
@@ -563,35 +514,25 @@ def test_first_member_of_any_population_on_cuda(script, members, monkeypatch):
     run = {"device": "cuda", "num_updates": 20}
     kept = record(script, monkeypatch, "together", num_seeds=members, **run)
     alone = record(script, monkeypatch, "alone", num_seeds=1, **run)
-    ours, theirs = everything(kept.agent), everything(alone.agent)
-    for name in theirs:
-        if not name.startswith("scaler.") and theirs[name].dim():
-            close(ours[name][: len(theirs[name])], theirs[name], name, 1e-3)
+    ours = kept.agent.state_dict()
+    for name, theirs in alone.agent.state_dict().items():
+        close(ours[name][: len(theirs)], theirs, name, 1e-3)
 
 
 @cuda
 def test_a_run_on_cuda_goes_on_and_moves_to_the_cpu(script, monkeypatch):
     run = {"device": "cuda", "num_updates": 40, "checkpoint_every": 20, "env_id": "auto"}
     whole = record(script, monkeypatch, "whole", **run)
-    update = script.Run.update
-
-    def stop_at_30(self):
-        if self.step == 30:
-            raise KeyboardInterrupt
-        update(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(script.Run, "update", stop_at_30)
-        more = {name: value for name, value in THOROUGH.items() if name in fields_of(script)}
-        stopped = {"run_dir": "parts", "compile": "false", "num_seeds": SEEDS, **more, **run}
-        assert script.main(words(**stopped)) == 130
+    stopped = line(script, run_dir="parts", num_seeds=SEEDS, **run)
+    crash_at(monkeypatch, script, stopped, 31)
     assert script.main(["--run_dir", "parts", "--resume", "true"]) == 0
-    found, expected = saved_tensors("parts"), saved_tensors(whole.folder)
-    for name in expected:
-        close(found[name].float(), expected[name].float(), name, 1e-3)
+    found, expected = saved("parts")["agent"], saved("whole")["agent"]
+    for name, value in expected.items():
+        assert value.device.type == "cuda"
+        close(found[name], value, name, 1e-3)
     agent = whole.new()
-    script.load_agent(agent, script.read_checkpoint("whole"))
-    obs = torch.randn(SEEDS, 5, len(agent.scaler.obs_mean))
+    agent.load_state_dict(expected)
+    obs = torch.randn(SEEDS, 5, agent.obs_dim)
     close(whole.agent.act(obs.cuda()).cpu(), agent.act(obs), "actions", 1e-3)
 
 
@@ -599,8 +540,8 @@ def test_a_run_on_cuda_goes_on_and_moves_to_the_cpu(script, monkeypatch):
 def test_updates_keep_no_memory_on_cuda(script, monkeypatch):
     kept = record(script, monkeypatch, device="cuda", num_updates=20)
     agent = kept.new().to("cuda")
-    update_all(agent, kept.calls)
+    update_all(agent.update, kept.calls)
     before = torch.cuda.memory_allocated()
     for _ in range(3):
-        update_all(agent, kept.calls)
+        update_all(agent.update, kept.calls)
     assert torch.cuda.memory_allocated() <= before

@@ -1,9 +1,11 @@
 """Every script trains, evaluates and leaves a whole run folder."""
 
 import json
+import re
 from pathlib import Path
 
 from conftest import TOY, words
+from test_runs import rows
 
 
 def test_run_leaves_a_whole_folder(script, capsys):
@@ -21,3 +23,6 @@ def test_run_leaves_a_whole_folder(script, capsys):
     assert result["dataset_id"] == TOY
     assert [row["seed"] for row in result["last"]] == [0, 1]
     assert "score" in capsys.readouterr().out
+    logged = {name for row in rows("run/metrics.jsonl") for name in row if "train/" in name}
+    assert logged and all(re.fullmatch(r"train/[a-z0-9_]+", name) for name in logged)
+    assert not [name for name in logged if f"`{name}`" not in script.__doc__], "not explained"

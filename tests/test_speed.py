@@ -130,13 +130,13 @@ def test_numbers_below_one(words, capsys):
     with pytest.raises(SystemExit) as ending:
         speed.main(["bc", *words])
     assert ending.value.code == 2
-    assert f"invalid positive {'float' if words[1] == '-1' else 'int'}" in capsys.readouterr().err
+    assert words[0] in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_host_time_is_the_loop_without_the_update(training, monkeypatch):
     monkeypatch.setattr(training.run.cfg, "log_every", 20)
     called = []
-    monkeypatch.setattr(training.run, "log_metrics", called.append)
+    monkeypatch.setattr(training.run, "log_metrics", lambda *given: called.append(given))
     before = training.run.agent.actor.layers[0].weight.clone()
     assert 0 < speed.host_seconds(training) < 0.1
     assert called and torch.equal(before, training.run.agent.actor.layers[0].weight)
@@ -160,7 +160,7 @@ def test_online_bookkeeping_is_what_update_policy_and_environment_leave(tmp_path
     share = speed.online_share("td3_bc", args, tmp_path / "a")
     step = gym.wrappers.TimeLimit.step
     monkeypatch.setattr(
-        gym.wrappers.TimeLimit, "step", lambda self, action: time.sleep(0.02) or step(self, action)
+        gym.wrappers.TimeLimit, "step", lambda self, action: time.sleep(0.1) or step(self, action)
     )
     slowed = speed.online_share("td3_bc", args, tmp_path / "b")
     assert 0 < slowed < 0.7 * share < 0.5

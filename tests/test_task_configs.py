@@ -42,7 +42,7 @@ def script_of(path):
 def read(path):
     """The config as its script reads it, and the fields that the file itself sets."""
     script = script_of(path)
-    config = script.parse_config(script.TrainConfig, ["--config", str(path)])
+    config = script.parse(script.TrainConfig, ["--config", str(path)])
     return config, yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
@@ -88,7 +88,7 @@ def test_both_phases_have_the_offline_configs_task(folder):
     offline = folder.removesuffix("-online").replace("cal_ql", "cql")
     for path in FILES[folder]:
         pair = read(path), read(path.parents[1] / offline / f"{task_of(path)}.yaml")
-        for name in TASK_FIELDS | {"success_reward"}:
+        for name in TASK_FIELDS:
             config, other = ((getattr(config, name), name in given) for config, given in pair)
             assert config == other, (path, name)
 
@@ -170,7 +170,7 @@ IQL |= {"eval_every": 5_000, "eval_episodes": 10, "final_eval_episodes": 100}
 DEXTEROUS = {"inverse_temperature": 0.5, "actor_dropout": 0.1}
 
 RUN = {"num_updates": 1_000_000, "batch_size": 256, "gamma": 0.99, "tau": 0.005, "label": ""}
-RUN |= {"normalize_obs": False, "reward_by_return_range": False, "success_reward": None}
+RUN |= {"normalize_obs": False, "reward_by_return_range": False}
 RUN |= {"reward_scale": 1.0, "reward_shift": 0.0, "hidden_dim": 256}
 RUN |= {"eval_every": 5_000, "eval_episodes": 10, "final_eval_episodes": 100}
 

@@ -149,8 +149,8 @@ def brac_alpha(lab) -> dict:
         run = lab.train("brac", **small, alpha=alpha, num_updates=4000)
         divergence[str(alpha)] = run.last("train/divergence")
         with torch.no_grad():
-            mean, _ = run.agent.behavior(run.agent.scaler.obs(obs))
-        b = run.agent.scaler.env_action(mean.tanh())
+            mean, _ = run.agent.behavior(run.agent.normalize(obs))
+        b = run.agent.env_action(mean.tanh())
         distance[str(alpha)] = (run.act(obs) - b).square().mean((-2, -1)).tolist()
     return {"KL divergence from b": divergence, "distance to b": distance}
 
@@ -352,16 +352,13 @@ def load_script(name: str):
 class Trained:
     """A finished run folder with its agent; lists hold a value for each seed."""
 
-    def __init__(self, script: str, folder: Path):
-        self.module, self.folder = load_script(script), folder
-        module, self.saved = self.module, self.module.read_checkpoint(str(folder))
-        config = ["--config", str(folder / "config.yaml")]
-        self.cfg = module.parse_config(module.TrainConfig, config)
-        obs, action = (self.saved["agent"][f"scaler.{n}"] for n in ("obs_mean", "action_center"))
-        kinds = [c for c in vars(module).values() if isinstance(c, type)]
-        (agent,) = [c for c in kinds if issubclass(c, module.Agent) and c is not module.Agent]
-        self.agent = agent(self.cfg, module.Scaler(obs, obs, action, action))
-        module.load_agent(self.agent, self.saved)
+    def __init__(self, module, folder: Path):
+        self.folder, saved = folder, module.read_checkpoint(folder)
+        self.cfg, kind = module.TrainConfig(**saved["config"]), saved["about"]["algorithm"]
+        self.agent = vars(module)[kind](
+            self.cfg, {n: saved["agent"][n] for n in module.Agent.units}
+        )
+        self.agent.load_state_dict(saved["agent"])
 
     def act(self, obs: torch.Tensor) -> torch.Tensor:
         """Actions [S, N, act_dim] at obs [S, N, obs_dim], in the environment's units."""
@@ -408,14 +405,13 @@ class Lab:
         names = ("dataset_id", "fingerprint", "seconds")
         record |= {"updates": result["num_updates"], **{name: result[name] for name in names}}
         self.runs.append(record)
-        return Trained(script, folder)
+        return Trained(module, folder)
 
     def observations(self, dataset_id: str) -> torch.Tensor:
         """2,000 observations of a dataset for every seed [S, N, obs_dim], evenly spaced."""
         module = load_script("bc")
-        with contextlib.redirect_stdout(io.StringIO()):
-            folder = module.find_dataset(dataset_id, download=False)
-            obs = module.load_dataset(dataset_id, folder).transitions["obs"]
+        episodes, *_ = module.load_dataset(module.TrainConfig(dataset_id, download=False))
+        obs = np.concatenate([episode["obs"][:-1] for episode in episodes])
         obs = torch.as_tensor(obs[np.linspace(0, len(obs) - 1, 2000).astype(int)])
         return obs.expand(len(SEEDS), -1, -1)
 

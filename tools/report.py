@@ -1,14 +1,14 @@
 """A table and a picture of run folders.
 
-    python benchmarks/report.py runs        # writes runs/report.md and runs/report.png
-    python benchmarks/report.py benchmarks/results --readme README.md     # fills the table there
+    python tools/report.py runs        # writes runs/report.md and runs/report.png
+    python tools/report.py benchmarks/results --readme README.md     # fills the table there
 
 The table holds the last policies, mean and standard deviation (ddof 0) over seeds of the final
 evaluation; the best evaluation of each seed during training takes an oracle and stands apart. Runs
 that went on online have a second table: `drop` is the score at the switch minus the worst of the
-first 10,000 online steps, `regret` the mean of 1 - score/100 over all online evaluations. Lines in
-the picture are means over seeds, bands reach from the worst to the best seed; a dashed line marks
-the switch.
+first 10,000 online steps (0: none is worse), `regret` the mean of 1 - score/100 over all online
+evaluations. Lines in the picture are means over seeds, bands reach from the worst to the best seed;
+a dashed line marks the switch.
 """
 
 import argparse
@@ -42,16 +42,30 @@ DIFFERS = "environment_differs"  # set where D4RL's own environment was not to b
 # What runs that are joined may differ in.
 SEEDS_AND_MACHINE = ("seed", "num_seeds", "fallback_dataset_id", "download", "log_every")
 SEEDS_AND_MACHINE += ("checkpoint_every", "device", "compile", "wandb", "wandb_project", "label")
-BEGIN, END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
+BEGIN, END = "<!-- results: written by tools/report.py -->", "<!-- end of results -->"
+
+
+class ReportError(Exception):
+    """Something the user can mend."""
 
 
 def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The rows of metrics.jsonl or episodes.jsonl."""
+    try:
+        return [dict(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, TypeError) as error:
+        raise ReportError(f"{path} has no whole rows ({error!r:.200}): move its run away") from None
 
 
 def read(path: Path) -> dict:
     """A YAML or JSON file; {} where there is none."""
-    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+    parse = json.loads if path.suffix == ".json" else yaml.safe_load
+    try:
+        return dict(parse(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise ReportError(f"{path} cannot be read ({error!r:.200}): move its run away") from None
 
 
 def about(result: dict, folder: Path) -> dict:
@@ -76,44 +90,67 @@ def read_runs(root: Path) -> dict:
     """{dataset: {(label, updates, online steps, number): group}} of finished runs below `root`.
 
     A group joins runs that differ in their seeds: "last" and "best" hold a value for each seed,
-    "curve" one for each update and seed, "online" what result.json says of that phase. Of a seed
-    that was run twice the later folder counts. Runs of one label that differ in more than seeds
-    have numbers, and rows of their own.
+    "curve" one for each update and seed, "online" the online phase of each seed. Of a seed that was
+    run twice the later folder counts. Runs of one label that differ in more than seeds have
+    numbers, and rows of their own.
     """
     groups, kinds = {}, {}
     for path in sorted(root.rglob("result.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        if not result["last"]:
-            continue  # trained without an environment
-        unit = "eval/score" if "eval/score" in result["last"][0] else "eval/return"
-        rows = groups.setdefault(result["dataset_id"], {})
-        new = {"last": {}, "best": {}, "curve": {}, "online": {}, "result": result, "unit": unit}
-        label, online = NAMES.get(result["label"], result["label"]), result.get("online") or {}
-        key = (label, result["num_updates"], online.get("online_steps", 0))
-        own = {**about(result, path.parent), "unit": unit}
-        others = kinds.setdefault((result["dataset_id"], *key), [])
-        apart = [differences(own, other) for other in others]
-        if [] not in apart:
-            others.append(own)
-            if apart:
-                problem = f"differs from other runs of {label} in {', '.join(apart[0])}"
-                print(
-                    f"{path.parent} {problem}: a row of its own; --label names it", file=sys.stderr
-                )
-            apart.append([])
-        group = rows.setdefault((*key, apart.index([])), new)
-        group.setdefault("commits", {})[short(result["commit"])] = True
-        again = group["last"].keys() & {row["seed"] for row in result["last"]}
-        if again:
-            print(f"{path.parent} replaces earlier runs of seeds {sorted(again)}", file=sys.stderr)
-        group["result"] = result
-        group["last"] |= {row["seed"]: row[unit] for row in result["last"]}
-        group["best"] |= {row["seed"]: row[unit] for row in result["best_oracle"]}
-        group["online"] |= {row["seed"]: row for row in online.get("seeds", [])}
-        for row in read_rows(path.with_name("metrics.jsonl")):
-            if unit in row:
-                group["curve"].setdefault(row["update"], {})[row["seed"]] = row[unit]
+        try:
+            add_run(path.parent, groups, kinds)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ReportError(f"{path.parent} lacks something ({error!r:.200})") from None
     return groups
+
+
+def add_run(folder: Path, groups: dict, kinds: dict) -> None:
+    """Join a run to its group."""
+    result = read(folder / "result.json")
+    if not result["last"]:
+        return  # trained without an environment
+    unit = "eval/score" if "eval/score" in result["last"][0] else "eval/return"
+    settings = {**read(folder / "config.yaml"), **result}
+    label, updates = NAMES.get(result["label"], result["label"]), int(result["num_updates"])
+    steps = int(settings.get("online_steps", 0))
+    key = (label, updates, steps)
+    own = {**about(result, folder), "unit": unit}
+    others = kinds.setdefault((result["dataset_id"], *key), [])
+    apart = [differences(own, other) for other in others]
+    if [] not in apart:
+        others.append(own)
+        if apart:
+            problem = f"differs from other runs of {label} in {', '.join(apart[0])}"
+            print(f"{folder} {problem}: a row of its own; --label names it", file=sys.stderr)
+        apart.append([])
+    new = {"last": {}, "best": {}, "curve": {}, "online": {}, "unit": unit, "commits": {}}
+    group = groups.setdefault(result["dataset_id"], {}).setdefault((*key, apart.index([])), new)
+    group["commits"][short(result["commit"])] = True
+    again = group["last"].keys() & {row["seed"] for row in result["last"]}
+    if again:
+        print(f"{folder} replaces earlier runs of seeds {sorted(again)}", file=sys.stderr)
+    group |= {"episodes": int(result["final_eval_episodes"]), "differs": result.get(DIFFERS)}
+    group["last"] |= {row["seed"]: float(row[unit]) for row in result["last"]}
+    evaluations = [row for row in read_rows(folder / "metrics.jsonl") if unit in row]
+    for row in evaluations:
+        group["curve"].setdefault(row["update"], {})[row["seed"]] = float(row[unit])
+    for seed in (row["seed"] for row in result["last"]):
+        its = [row for row in evaluations if row["seed"] == seed]
+        if not its:
+            raise ReportError(f"{folder}/metrics.jsonl has no evaluation of seed {seed}")
+        group["best"][seed] = max(row[unit] for row in its)
+        if steps:
+            group["online"][seed] = online(its, unit, updates)
+
+
+def online(evaluations: list, unit: str, switch: int) -> dict:
+    """Of one seed: the value at the switch, `drop` and `regret`; None where it is not known."""
+    at = [row[unit] for row in evaluations if row["update"] == switch][-1:]
+    later = [row for row in evaluations if row["update"] > switch]
+    early = [row[unit] for row in later if row["environment_step"] <= 10_000]
+    regrets = [1 - row[unit] / 100 for row in later if unit == "eval/score"]
+    drop = max(0, at[0] - min(early)) if at and early else None
+    regret = float(np.mean(regrets)) if regrets else None
+    return {"switch": at[0] if at else None, "drop": drop, "regret": regret}
 
 
 def spread(values) -> str:
@@ -133,7 +170,7 @@ def table(groups: dict) -> str:
     ]
     for dataset, rows in sorted(groups.items()):
         for (label, *steps, _), group in sorted(rows.items(), key=order):
-            differs = " (environment differs)" if group["result"].get(DIFFERS) else ""
+            differs = " (environment differs)" if group["differs"] else ""
             cells = (
                 dataset,
                 label if group["unit"] == "eval/score" else f"{label} (return)",
@@ -141,7 +178,7 @@ def table(groups: dict) -> str:
                 len(group["last"]),
                 spread(group["last"].values()) + differs,
                 spread(group["best"].values()),
-                group["result"]["final_eval_episodes"],
+                group["episodes"],
                 ", ".join(group["commits"]),
             )
             lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -211,10 +248,6 @@ def fill(readme: Path, text: str) -> None:
         raise ReportError(f"{readme} lacks the lines {BEGIN!r} and {END!r}: add them")
     head, rest = old.split(BEGIN)
     readme.write_text(f"{head}{BEGIN}\n{text}{END}{rest.split(END)[1]}", encoding="utf-8")
-
-
-class ReportError(Exception):
-    """Something the user can mend."""
 
 
 def main(argv=None) -> int:
