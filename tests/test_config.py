@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import inspect
 import re
 import tokenize
@@ -223,7 +224,8 @@ def comments(config_class) -> dict[str, str]:
     return found
 
 
-def test_help_explains_every_field(script, capsys):
+def test_help_explains_every_field(script, capsys, monkeypatch):
+    monkeypatch.setattr(inspect, "getsource", functools.cache(inspect.getsource))  # 6 s a script
     with pytest.raises(SystemExit) as end:
         script.main(["--seed", "3", "--help"])
     assert end.value.code in (0, None)

@@ -38,7 +38,7 @@ class Crash(Exception):
 
 def long(script, **settings) -> list[str]:
     """The command line of a run that is to be interrupted; with dropout and phases if any."""
-    more = {"actor_dropout": 0.3, "behavior_updates": 8, "warm_start": 16}
+    more = {"actor_dropout": 0.3, "behavior_updates": 8, "warm_start": 16, "vae_hidden_dim": 16}
     more = {k: v for k, v in more.items() if k in script.TrainConfig.__dataclass_fields__}
     return words(**{**LONG, **more, **settings})
 
@@ -226,8 +226,13 @@ def test_resume_after_a_crash(script, whole, monkeypatch):
     assert_same_run("run", whole)
 
 
-@pytest.mark.parametrize("number, at", [(signal.SIGINT, 1), (signal.SIGTERM, 18)])
-def test_resume_after_a_signal(script, whole, monkeypatch, capsys, number, at):
+SIGNALS = [("iql", signal.SIGINT, 1), *((name, signal.SIGTERM, 18) for name in SCRIPTS)]
+
+
+@pytest.mark.parametrize("name, number, at", SIGNALS)
+def test_resume_after_a_signal(whole_runs, monkeypatch, capsys, name, number, at):
+    script = load_script(name)
+
     def action(_, n):
         if n == at:
             os.kill(os.getpid(), number)
@@ -242,7 +247,7 @@ def test_resume_after_a_signal(script, whole, monkeypatch, capsys, number, at):
     assert saved("run")["step"] == at
     assert not Path("run/result.json").exists()
     assert script.main(RESUME) == 0
-    assert_same_run("run", whole)
+    assert_same_run("run", whole_of(script, whole_runs))
 
 
 @pytest.mark.parametrize("crashes", [[39], [22, 15], [12], [12, 12], [], [21, 1, 20]])
@@ -297,7 +302,7 @@ def test_a_crash_in_a_write_leaves_what_can_be_gone_on_with(
 
 def test_signals_to_processes(iql):
     """SIGTERM leaves a checkpoint, SIGKILL what there was; the lock goes with the process."""
-    argv = {"num_updates": 3000, "eval_every": 400, "checkpoint_every": 20}
+    argv = {"num_updates": 600, "eval_every": 200, "checkpoint_every": 20}
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     options["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
     for number in (signal.SIGTERM, signal.SIGKILL):
@@ -433,9 +438,14 @@ def spoil(monkeypatch, script, number: int, member: int) -> None:
     monkeypatch.setattr(agent_class, "update", patched)
 
 
-@pytest.mark.parametrize("number, good", [(1, None), (6, None), (22, 20), (40, 20)])
-def test_a_loss_that_is_not_finite(script, whole, monkeypatch, capsys, number, good):
+LOSSES = [("iql", 1, None), ("iql", 6, None), ("iql", 40, 20)]
+LOSSES += [(name, 22, 20) for name in SCRIPTS]
+
+
+@pytest.mark.parametrize("name, number, good", LOSSES)
+def test_a_loss_that_is_not_finite(whole_runs, monkeypatch, capsys, name, number, good):
     """Metric and seed are named; the last good checkpoint stays, and leads to the same end."""
+    script = load_script(name)
     with monkeypatch.context() as patch:
         spoil(patch, script, number, member=1)
         assert script.main(long(script)) == 2
@@ -446,7 +456,7 @@ def test_a_loss_that_is_not_finite(script, whole, monkeypatch, capsys, number, g
     for name in ("metrics.jsonl", "episodes.jsonl"):
         rows(Path("run", name))  # every row is valid JSON
     assert script.main(RESUME) == 0
-    assert_same_run("run", whole)
+    assert_same_run("run", whole_of(script, whole_runs))
 
 
 def test_weights_that_are_not_finite(script, monkeypatch, capsys):
