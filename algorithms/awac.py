@@ -22,16 +22,12 @@ Deviations:
         whole loss. `weighting: clipped` has min(exp(A / lambda), 100) and no Z, as in CORL.
     D2  The bounds of the policy, tanh(mean) and -6 < log_std < 0 from -3 on, are those of the
         authors' code; the paper names none. CORL has a free mean and log_std in [-20, 2] from 0.
-    D3  Sampled actions are clipped to [-1, 1], where the critics are trained (CORL too); the
-        authors' code shows the critics whatever was sampled.
-    D4  Both losses of the authors' code are taken at the old weights; here A uses the new critics
-        (the paper's algorithm, CORL).
+    D3  Samples are clipped to [-1, 1], where critics are trained (CORL too); the authors' are not.
+    D4  A uses the new critics (the paper's algorithm, CORL); the authors take it at the old ones.
     D5  Weights start from PyTorch's default U(+-1/sqrt(fan_in)): one initialisation for all
         scripts. The authors' code has smaller last layers; the paper names none.
-    D6  Two critics and their minimum, and V(s) by one sample, as in the authors' code; algorithm 1
-        has one Q and an expectation.
-    D7  Policy and critics have the same hidden layers, four by default; the authors' code for
-        locomotion has two in the critics.
+    D6  Two critics' minimum, V(s) by one sample (authors' code); algorithm 1: one Q, E over a~.
+    D7  All networks have four hidden layers by default; the authors' critics for locomotion two.
 
 Metrics, means over the batch: `train/critic_loss`, `train/actor_loss`; `train/q` the critics at the
 data (a q that never stops growing means divergence); `train/advantage` A;
@@ -394,9 +390,8 @@ class AWAC(Agent):
 
     def target(self, batch: dict, noise: Tensor) -> Tensor:
         """y [S, B]: the smaller target critic at one action of the policy."""
-        next_obs = batch["next_obs"]
-        next_action = self.actor.action(next_obs, noise)
-        next_q = self.q(self.target_critic, next_obs, next_action).amin(-2)
+        next_action = self.actor.action(batch["next_obs"], noise)
+        next_q = self.q(self.target_critic, batch["next_obs"], next_action).amin(-2)
         return batch["reward"] + self.cfg.gamma * (1 - batch["terminated"]) * next_q
 
     def critic_loss(self, target: Tensor, obs: Tensor, action: Tensor):
@@ -427,19 +422,14 @@ class AWAC(Agent):
             target = self.target(batch, noise["next_action"])
         critic_loss, q = self.critic_loss(target, obs, action)
         self.critic_adam.descend(critic_loss)
-
         with torch.no_grad():
             advantage = self.advantage(obs, action, noise["action"])  # D4
         actor_loss, effective = self.actor_loss(advantage, obs, action)
         self.actor_adam.descend(actor_loss)
         polyak(self.target_critic, self.critic, self.cfg.tau)
-        return {
-            "critic_loss": critic_loss.detach(),
-            "actor_loss": actor_loss.detach(),
-            "q": q.detach(),
-            "advantage": advantage.mean(-1),
-            "effective_sample_share": effective,
-        }
+        metrics = {"critic_loss": critic_loss, "actor_loss": actor_loss, "q": q}
+        metrics |= {"advantage": advantage.mean(-1), "effective_sample_share": effective}
+        return {name: value.detach() for name, value in metrics.items()}
 
     def noise_shapes(self) -> dict:
         shape = ("normal", (self.cfg.batch_size, self.act_dim))
@@ -448,8 +438,7 @@ class AWAC(Agent):
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
         """The mean, in the environment's units: [S, N, obs_dim] -> [S, N, act_dim]."""
-        mean, _ = self.actor(self.normalize(obs))
-        return self.env_action(mean)
+        return self.env_action(self.actor(self.normalize(obs))[0])
 
     @torch.no_grad()
     def explore(self, obs: Tensor, noise: Tensor) -> Tensor:

@@ -312,10 +312,9 @@ class BC(Agent):
 
     def __init__(self, cfg: TrainConfig, units: dict):
         super().__init__(cfg, units)
-        obs_dim, act_dim = self.obs_dim, self.act_dim
         generators = [generator(seed, "init") for seed in cfg.seeds]
         hidden = [cfg.hidden_dim] * cfg.hidden_layers
-        self.actor = MLP(generators, obs_dim, hidden, act_dim)
+        self.actor = MLP(generators, self.obs_dim, hidden, self.act_dim)
         self.actor_adam = Adam(self.actor.parameters(), cfg.actor_lr)
 
     @staticmethod

@@ -22,9 +22,8 @@ of itself, beta_2 is `online_critic_share` of itself, and the policy acts with G
 Deviations:
     D1  The policy maximises lambda min_i Q_i, as in the authors' code; equation 3 has one Q, and
         TD3 and TD3+BC, where lambda comes from, take Q_1.
-    D2  The target policy moves towards the policy after its step, as in TD3; the authors' code
-        takes the weights before it. TD3 too moves the policy in the second update of every two,
-        the authors' code in the first.
+    D2  As in TD3, the target policy moves towards the policy after its step, in the second update
+        of every two; the authors' code takes the weights before it, and moves in the first.
     D3  Weights start from PyTorch's default U(+-1/sqrt(fan_in)): one initialisation for all
         scripts. The authors' code has biases of 0.1 and last layers within 1e-3 (policy) and
         3e-3 (critics) of 0; the paper names none. Its layer normalisation adds 1e-6, ours 1e-5.
@@ -32,11 +31,10 @@ Deviations:
         action of the policy for a' at once.
 
 Metrics, means over the batch: `train/critic_loss`, `train/q` the critics at the data (a q that
-never stops growing means divergence), `train/target_penalty` beta_2 |a~ - a'|^2, 0 where s'
-is terminal (close to q: it rules the target); in the updates that move the policy
-`train/actor_loss`, `train/bc_loss` |pi(s) - a|^2, `train/policy_q` min_i Q_i(s, pi(s)) (far above
-q: extrapolation). Online also `online/return`, `online/length`, means of the episodes that ended
-since the last row.
+never stops growing means divergence), `train/target_penalty` beta_2 |a~ - a'|^2, 0 for a terminal
+s' (close to q: it rules the target); where the policy moves `train/actor_loss`, `train/bc_loss`
+|pi(s) - a|^2, `train/policy_q` min_i Q_i(s, pi(s)) (far above q: extrapolation). Online also
+`online/return`, `online/length`, means of the episodes that ended since the last row.
 
     python algorithms/rebrac.py --config configs/rebrac/hopper-medium.yaml
 """
@@ -405,13 +403,12 @@ class ReBRAC(Agent):
         """Q_i(s,a) of both critics [S, 2, B]."""
         return critic(torch.cat([obs, action], -1)).squeeze(-1)
 
-    def target(self, batch: dict, noise: Tensor, critic_penalty: Tensor):
+    def target(self, batch: dict, noise: Tensor, critic_penalty):
         """Equation 4: y [S, B] at the target policy's smoothed action; its mean penalty [S]."""
         cfg, next_obs, alive = self.cfg, batch["next_obs"], 1 - batch["terminated"]
         smoothing = (cfg.policy_noise * noise).clamp(-cfg.noise_clip, cfg.noise_clip)
         policy = (self.target_actor(next_obs).tanh() + smoothing).clamp(-1, 1)
-        distance = (policy - batch["next_action"]).square().sum(-1)
-        penalty = alive * critic_penalty * distance
+        penalty = alive * critic_penalty * (policy - batch["next_action"]).square().sum(-1)
         next_q = alive * self.q(self.target_critic, next_obs, policy).amin(-2)
         return batch["reward"] + cfg.gamma * (next_q - penalty), penalty.mean(-1)
 
@@ -420,7 +417,7 @@ class ReBRAC(Agent):
         q = self.q(self.critic, obs, action)
         return (target.unsqueeze(-2) - q).square().mean(-1).sum(-1), q.mean((-2, -1))
 
-    def actor_loss(self, obs: Tensor, action: Tensor, actor_penalty: Tensor):
+    def actor_loss(self, obs: Tensor, action: Tensor, actor_penalty):
         """Equation 3: the normalised Q of the policy's actions and their squared error."""
         policy = self.actor(obs).tanh()
         q = self.q(self.critic, obs, policy).amin(-2)  # D1
@@ -436,27 +433,26 @@ class ReBRAC(Agent):
             target, penalty = self.target(batch, noise["target"], critic_penalty)
         critic_loss, q = self.critic_loss(target, obs, action)
         self.critic_adam.descend(critic_loss)
-        metrics = {"critic_loss": critic_loss.detach(), "q": q.detach(), "target_penalty": penalty}
+        metrics = {"critic_loss": critic_loss, "q": q, "target_penalty": penalty}
         if move_actor:
             actor_loss, bc_loss, policy_q = self.actor_loss(obs, action, actor_penalty)
             self.actor_adam.descend(actor_loss)
             polyak(self.target_critic, self.critic, self.cfg.tau)
             polyak(self.target_actor, self.actor, self.cfg.tau)  # D2
-            metrics |= {"actor_loss": actor_loss.detach(), "bc_loss": bc_loss.detach()}
-            metrics |= {"policy_q": policy_q.detach()}
-        return metrics
+            metrics |= {"actor_loss": actor_loss, "bc_loss": bc_loss, "policy_q": policy_q}
+        return {name: value.detach() for name, value in metrics.items()}
 
     def variant(self, step: int) -> tuple:
-        """Whether the policy moves (D2)."""
-        return ((step + 1) % self.cfg.policy_delay == 0,)
+        return ((step + 1) % self.cfg.policy_delay == 0,)  # D2
 
     def penalties(self) -> tuple:
         """beta_1 and beta_2: constants offline, shares of them online."""
-        cfg = self.cfg
-        online = self.critic_adam.steps[0] - cfg.num_updates  # updates made online
-        gone = online / max(1, cfg.online_steps * cfg.updates_per_step)
-        actor_share = (1 - gone).clamp(cfg.online_actor_share, 1)
-        critic_share = torch.where(online < 0, 1.0, cfg.online_critic_share)
+        cfg, actor_share, critic_share = self.cfg, 1, 1
+        if cfg.online_steps:
+            online = self.critic_adam.steps[0] - cfg.num_updates  # updates made online
+            gone = online / (cfg.online_steps * cfg.updates_per_step)
+            actor_share = (1 - gone).clamp(cfg.online_actor_share, 1)
+            critic_share = torch.where(online < 0, 1.0, cfg.online_critic_share)
         return actor_share * cfg.actor_penalty, critic_share * cfg.critic_penalty
 
     def noise_shapes(self) -> dict:

@@ -387,15 +387,14 @@ class TD3BC(Agent):
             target = self.target(batch, noise["target"])
         critic_loss, q = self.critic_loss(target, obs, action)
         self.critic_adam.descend(critic_loss)
-        metrics = {"critic_loss": critic_loss.detach(), "q": q.detach()}
+        metrics = {"critic_loss": critic_loss, "q": q}
         if move_actor:
             actor_loss, bc_loss, policy_q = self.actor_loss(obs, action)
             self.actor_adam.descend(actor_loss)
             polyak(self.target_critic, self.critic, self.cfg.tau)
             polyak(self.target_actor, self.actor, self.cfg.tau)
-            metrics |= {"actor_loss": actor_loss.detach(), "bc_loss": bc_loss.detach()}
-            metrics |= {"policy_q": policy_q.detach()}
-        return metrics
+            metrics |= {"actor_loss": actor_loss, "bc_loss": bc_loss, "policy_q": policy_q}
+        return {name: value.detach() for name, value in metrics.items()}
 
     def variant(self, step: int) -> tuple:
         return ((step + 1) % self.cfg.policy_delay == 0,)

@@ -4,6 +4,8 @@ Nothing of a script takes part in the expected numbers but its initial weights: 
 matrices, one member and one critic at a time, Adam is written out, gradients are autograd's.
 """
 
+import copy
+
 import torch
 from conftest import load_script
 
@@ -104,6 +106,40 @@ def same(actual, expected, what: str = "") -> None:
     torch.testing.assert_close(
         actual.detach().double(), expected.detach(), **close, msg=lambda text: f"{what}: {text}"
     )
+
+
+def same_gradient(ours, module, theirs, parameters, k: int, what: str = "") -> None:
+    """Member k's loss, and the gradients of all parameters."""
+    assert ours.shape == (SEEDS,)
+    same(ours[k], theirs, what)
+    options = {"retain_graph": True, "materialize_grads": True}
+    found = torch.autograd.grad(ours.sum(), list(module.parameters()), **options)
+    wanted = torch.autograd.grad(theirs, parameters, **options)
+    for a, b in zip(of_member(found, k), wanted, strict=True):
+        same(a.reshape(b.shape), b, f"gradient of {what}")
+
+
+def updated(agent, batch: dict, noise: dict, *variant) -> dict:
+    """The metrics of one update, which must leave its input as it was."""
+    given = copy.deepcopy((batch, noise))
+    metrics = agent.update(batch, noise, *variant)
+    for new, old in zip((batch, noise), given, strict=True):
+        assert new.keys() == old.keys()
+        assert all(torch.equal(new[name], old[name]) for name in old), "it changed its input"
+    return metrics
+
+
+def same_metrics(metrics: dict, expected: dict, k: int) -> None:
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        same(metrics[name][k], value, name)
+
+
+def check_critics(agent, k: int, one, check=check_weights) -> None:
+    """Member k's two critics and their targets."""
+    for i in range(2):
+        check(agent.critic, 2 * k + i, one.critics[i], f"critic {i}")
+        check(agent.target_critic, 2 * k + i, one.targets[i], f"target {i}")
 
 
 def check_moments(ours, adams) -> None:

@@ -1,6 +1,5 @@
 """AWAC: losses, gradients and whole updates against float64 computations from the paper."""
 
-import copy
 import math
 from types import SimpleNamespace
 
@@ -13,6 +12,7 @@ from plain import (
     SEEDS,
     PlainAdam,
     check_act,
+    check_critics,
     check_moments,
     check_weights,
     flat,
@@ -21,8 +21,10 @@ from plain import (
     make_batch,
     matrices,
     member,
-    of_member,
     same,
+    same_gradient,
+    same_metrics,
+    updated,
 )
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -165,14 +167,7 @@ def test_losses_and_gradients(weighting):
         same(share[k], plain.share, "effective_sample_share")
         assert 1 / BATCH < share[k] < 1
         for name, (found, theirs, adam, module) in expected.items():
-            assert found.shape == (SEEDS,)
-            same(found[k], theirs, name)
-            gradients = torch.autograd.grad(
-                found.sum(), list(module.parameters()), retain_graph=True
-            )
-            wanted = torch.autograd.grad(theirs, adam.parameters)
-            for a, b in zip(of_member(gradients, k), wanted, strict=True):
-                same(a.reshape(b.shape), b, f"gradient of {name}")
+            same_gradient(found, module, theirs, adam.parameters, k, name)
         outside, weights_clipped = outside + plain.outside, weights_clipped + plain.weights_clipped
     assert 0 < outside < 2 * SEEDS * BATCH * ACT, "the clip of actions is not tried"
     assert weighting == "softmax" or 0 < weights_clipped < SEEDS * BATCH
@@ -185,20 +180,13 @@ def test_updates(weighting):
     plain = [PlainAWAC(agent, k) for k in range(SEEDS)]
     for step in range(3):
         batch, noise = make_inputs(30 + step)
-        kept = copy.deepcopy((batch, noise))
-        metrics = agent.update(batch, noise, *agent.variant(step))
-        for new, old in zip((batch, noise), kept, strict=True):
-            assert all(torch.equal(new[name], old[name]) for name in old)
+        metrics = updated(agent, batch, noise, *agent.variant(step))
         for k, one in enumerate(plain):
             expected = one.update(member(batch, k), member(noise, k))
-            assert metrics.keys() == expected.keys()
-            for name, value in expected.items():
-                same(metrics[name][k], value, name)
+            same_metrics(metrics, expected, k)
             check_weights(agent.actor.mean, k, one.policy, "policy")
             same(agent.actor.log_std_logit[k, 0], one.logit, "log_std")
-            for i in range(2):
-                check_weights(agent.critic, 2 * k + i, one.critics[i], f"critic {i}")
-                check_weights(agent.target_critic, 2 * k + i, one.targets[i], f"target {i}")
+            check_critics(agent, k, one)
     check_moments(agent.actor_adam, [one.actor_adam for one in plain])
     check_moments(agent.critic_adam, [one.critic_adam for one in plain])
 

@@ -10,10 +10,13 @@ from conftest import load_script, toy_episode, toy_episodes, words, write_datase
 from plain import (
     ACT,
     BATCH,
+    HIGH,
+    LOW,
     OBS,
     SEEDS,
     PlainAdam,
     check_act,
+    check_critics,
     check_moments,
     check_weights,
     flat,
@@ -22,8 +25,10 @@ from plain import (
     make_batch,
     matrices,
     member,
-    of_member,
     same,
+    same_gradient,
+    same_metrics,
+    updated,
 )
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -94,6 +99,16 @@ class PlainReBRAC:
         self.actor_adam = PlainAdam(flat(self.policy), self.c.actor_lr)
         both = self.critics[0].parameters() + self.critics[1].parameters()
         self.critic_adam = PlainAdam(both, self.c.critic_lr)
+        self.weigh()
+
+    def weigh(self):
+        """The weights of both penalties in the update to come."""
+        self.actor_penalty, self.critic_penalty = self.c.actor_penalty, self.c.critic_penalty
+        online = self.critic_adam.t - self.c.num_updates  # updates made online
+        if online >= 0 and self.c.online_steps:
+            left = 1 - online / (self.c.online_steps * self.c.updates_per_step)
+            self.actor_penalty *= max(left, self.c.online_actor_share)
+            self.critic_penalty *= self.c.online_critic_share
 
     def target(self, batch, noise):
         """Equation 4's target, a row at a time; also the mean penalty of what bootstraps."""
@@ -111,7 +126,7 @@ class PlainReBRAC:
             distance = sum((a[j] - batch["next_action"][row, j]) ** 2 for j in range(ACT))
             first, second = (network(s, a) for network in self.targets)
             self.first += int(first < second)
-            penalties.append(self.c.critic_penalty * distance)
+            penalties.append(self.critic_penalty * distance)
             y[-1] = y[-1] + self.c.gamma * (min(first, second) - penalties[-1])
         return torch.stack(y).detach(), torch.stack(penalties).mean().detach()
 
@@ -126,9 +141,10 @@ class PlainReBRAC:
         scale = sum(abs(float(x)) for x in q.detach()) / BATCH
         self.bc = sum(((policy[i] - batch["action"][i]) ** 2).sum() for i in range(BATCH)) / BATCH
         self.policy_q = q.mean()
-        return self.c.actor_penalty * self.bc - self.policy_q / scale
+        return self.actor_penalty * self.bc - self.policy_q / scale
 
     def update(self, batch, noise, move_actor):
+        self.weigh()
         y, penalty = self.target(batch, noise)
         q = sum(critic(batch["obs"], batch["action"]).mean() for critic in self.critics) / 2
         loss = self.critic_loss(batch, y)
@@ -175,40 +191,32 @@ def test_losses_and_gradients():
         same(bc_loss[k], plain.bc, "bc_loss")
         same(policy_q[k], plain.policy_q, "policy_q")
         for name, (ours, theirs, adam, module) in expected.items():
-            assert ours.shape == (SEEDS,)
-            same(ours[k], theirs, name)
-            found = torch.autograd.grad(ours.sum(), list(module.parameters()), retain_graph=True)
-            wanted = torch.autograd.grad(theirs, adam.parameters)
-            for a, b in zip(of_member(found, k), wanted, strict=True):
-                same(a.reshape(b.shape), b, f"gradient of {name}")
+            same_gradient(ours, module, theirs, adam.parameters, k, name)
     rows = int((1 - batch["terminated"]).sum())
     assert 0 < clipped < rows * ACT, "the clip of actions is not tried"
     assert 0 < first < rows, "the smaller target is always the same critic"
     assert 0 < (noise["target"].abs() * 0.4 > 0.3).double().mean() < 1
 
 
-@pytest.mark.parametrize("settings", [{}, {"critic_penalty": 0.0}, {"actor_penalty": 0.0}])
+ONLINE = {"num_updates": 2, "online_steps": 2, "updates_per_step": 2}
+ONLINE |= {"online_actor_share": 0.3, "online_critic_share": 0.6}
+
+
+@pytest.mark.parametrize("settings", [{}, {"critic_penalty": 0.0}, {"actor_penalty": 0.0}, ONLINE])
 def test_updates(settings):
     """Five updates: the policy and all targets move in the second and the fourth alone."""
     agent = make_rebrac(**settings)
     plain = [PlainReBRAC(agent, k) for k in range(SEEDS)]
     for step in range(5):
         batch, noise = make_inputs(30 + step)
-        kept = copy.deepcopy((batch, noise))
         assert agent.variant(step)[0] == (step in (1, 3))
-        metrics = agent.update(batch, noise, *agent.variant(step))
-        for new, old in zip((batch, noise), kept, strict=True):
-            assert all(torch.equal(new[name], old[name]) for name in old)
+        metrics = updated(agent, batch, noise, *agent.variant(step))
         for k, one in enumerate(plain):
             expected = one.update(member(batch, k), noise["target"][k], step in (1, 3))
-            assert metrics.keys() == expected.keys()
-            for name, value in expected.items():
-                same(metrics[name][k], value, name)
+            same_metrics(metrics, expected, k)
             check_weights(agent.actor, k, one.policy, "policy")
             check_weights(agent.target_actor, k, one.target_policy, "target policy")
-            for i in range(2):
-                check_critic(agent.critic, 2 * k + i, one.critics[i], f"critic {i}")
-                check_critic(agent.target_critic, 2 * k + i, one.targets[i], f"target {i}")
+            check_critics(agent, k, one, check_critic)
     check_moments(agent.actor_adam, [one.actor_adam for one in plain])
     check_moments(agent.critic_adam, [one.critic_adam for one in plain])
 
@@ -294,14 +302,14 @@ def test_rows_of_one_two_and_three_steps(steps, terminated):
     episode["obs"] = np.arange((steps + 1.0) * OBS).reshape(-1, OBS)
     episode["action"] = np.arange(1.0, steps + 1).repeat(ACT).reshape(-1, ACT) / 10
     episode["terminated"] = np.arange(steps) == steps - 1 if terminated else np.zeros(steps)
+    before = copy.deepcopy(episode)
     rows, known = agent.rows(episode), steps if terminated else steps - 1
     assert {len(values) for values in rows.values()} == {known}
-    following = [*rows["action"][1:], torch.zeros(ACT)] if terminated else None
-    if terminated:
-        assert torch.equal(rows["next_action"], torch.stack(following))
-    elif known:
-        whole = agent.rows({**episode, "terminated": np.arange(steps) == steps - 1})
-        assert torch.equal(rows["next_action"], whole["action"][1:])
+    assert rows["reward"].tolist() == [*range(1, known + 1)]
+    low, high = torch.tensor(LOW), torch.tensor(HIGH)
+    action = 2 * (torch.as_tensor(episode["action"]) - low) / (high - low) - 1
+    same(rows["next_action"], torch.cat([action[1:], torch.zeros(1, ACT)])[:known], "next_action")
+    assert all((episode[name] == before[name]).all() for name in before), "it changed its input"
 
 
 def test_penalties_fall_online_only():
@@ -322,7 +330,7 @@ def test_penalties_fall_online_only():
         agent.critic_adam.steps.fill_(step)
         found = [float(x) for x in agent.penalties()]
         assert found == pytest.approx([0.4 * actor_share, 0.8 * critic_share])
-        offline.critic_adam.steps.fill_(min(step, 9))
+        offline.critic_adam.steps.fill_(step)
         assert [float(x) for x in offline.penalties()] == pytest.approx([0.4, 0.8])
 
 
