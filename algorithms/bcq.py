@@ -15,15 +15,14 @@ xi perturbs each by at most Phi; the critics choose among them, so far-off actio
             where b ~ G(s) is b = D(s, z), z ~ N(0, 1) clipped to [-0.5, 0.5]
     L_xi  = - E_s[ Q_1(s, b + xi(s, b, Phi)) ], b ~ G(s)
 
-Order of one update: VAE, critics, xi, then the targets of critics and xi. To act: the best of many
-perturbed proposals under Q_1.
+Order of one update: VAE, critics, xi, both targets. To act: the best of many candidates by Q_1.
 
 Deviations:
     D1  Both terms of L_VAE are means over dimensions, with weight 0.5 on the KL term, as in the
         authors' code; algorithm 1 writes sums of equal weight.
     D2  A perturbed action is clipped into [-1, 1], as in the authors' code.
-    D3  Acting compares proposals from latents that are drawn once for a member, from its seed, and
-        are then the same in all states; the authors draw anew. So evaluation draws nothing.
+    D3  A member acts by latents that are drawn once, from its seed, so that evaluation draws
+        nothing; the authors draw them anew in every state.
 
 Metrics, means over the batch: `train/vae_loss`, of which `train/reconstruction` is the squared
 error and `train/kl` the KL term (near 0: the latents are ignored); `train/critic_loss`, `train/q`
@@ -388,10 +387,7 @@ class BCQ(Agent):
         return (action + xi).clamp(-1, 1)  # D2
 
     def candidates(self, actor: MLP, obs: Tensor, latents: Tensor) -> tuple:
-        """Perturbed proposals from latents [S, n, B, latent_dim]: states and actions [S, n*B, dim].
-
-        The rows of all n stand in one batch, so every network is one product.
-        """
+        """States and actions [S, n*B, dim], in one batch, of latents [S, n, B, latent_dim]."""
         obs = obs.unsqueeze(-3).expand(*latents.shape[:-1], -1).flatten(-3, -2)
         return obs, self.perturb(actor, obs, self.propose(obs, latents.flatten(-3, -2)))
 
@@ -430,26 +426,22 @@ class BCQ(Agent):
         obs, action = batch["obs"], batch["action"]
         vae_loss, reconstruction, kl = self.vae_loss(obs, action, noise["encoder"])
         self.vae_adam.descend(vae_loss)
-
         with torch.no_grad():
             target = self.target(batch, noise["target"])
         critic_loss, q = self.critic_loss(target, obs, action)
         self.critic_adam.descend(critic_loss)
-
-        actor_loss, perturbation = self.actor_loss(obs, noise["actor"])
+        actor_loss, moved = self.actor_loss(obs, noise["actor"])
         self.actor_adam.descend(actor_loss)
         polyak(self.target_critic, self.critic, self.cfg.tau)
         polyak(self.target_actor, self.actor, self.cfg.tau)
         metrics = {"vae_loss": vae_loss, "reconstruction": reconstruction, "kl": kl, "q": q}
-        metrics |= {"critic_loss": critic_loss, "actor_loss": actor_loss}
-        metrics |= {"perturbation": perturbation}
+        metrics |= {"critic_loss": critic_loss, "actor_loss": actor_loss, "perturbation": moved}
         return {name: value.detach() for name, value in metrics.items()}
 
     def noise_shapes(self) -> dict:
         shape = (self.cfg.batch_size, self.latent_dim)
-        candidates = (self.cfg.target_candidates, *shape)
-        shapes = {"encoder": shape, "target": candidates, "actor": shape}
-        return {name: ("normal", shape) for name, shape in shapes.items()}
+        target = ("normal", (self.cfg.target_candidates, *shape))
+        return {"encoder": ("normal", shape), "target": target, "actor": ("normal", shape)}
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:

@@ -15,48 +15,39 @@ returns, so the first online steps do not look better than what was learned, and
     L_eta = - log(entropy_coef) E_s[ log pi(a|s) - act_dim ]      (SAC; entropy_coef is learned)
     L_alpha = - alpha ( mean_i E[ G_i ] - target_gap )    (CQL; with `lagrange`, alpha >= 0)
 
-The sum over actions is estimated from n actions each of pi(.|s), of the uniform density and of
-pi(.|s'), every exp divided by the density of a'. The bound is put on Q at actions of the policy,
-before that division; uniform actions have none (authors' code). y takes the best of n actions with
-`max_backup`.
+The sum is estimated from n actions each of the uniform density, of pi(.|s) and of pi(.|s'), every
+exp divided by its action's density; mc(s) bounds Q at the policy's actions alone (authors' code).
+With `max_backup` y takes the best of n. What follows in mc(s) after an episode that was cut off is
+nothing, or with `infinite_horizon` its last reward for ever: failed episodes of sparse tasks get
+r / (1 - gamma) throughout, those of kitchen are continued, as by two rules of the authors' code.
 
-mc(s) needs to know what comes after an episode that was cut off: nothing, or with
-`infinite_horizon` its last reward for ever. The latter gives failed episodes of sparse tasks
-r / (1 - gamma) throughout and continues those of kitchen, as two rules of the authors' code do.
-
-Order of one update: every loss is that of the parameters at its start (D6); steps of the policy,
-the critics and their targets, entropy_coef, alpha. Actions are drawn before the policy moves, and
-the penalty's gradient passes through Q alone. Online (`online_steps`) the same losses see batches
-of which `online_share` are new steps, bounded by the returns of their own episodes, and the policy
-acts by its draws.
+Order of one update: every loss is that of the parameters at its start; steps of the policy,
+critics, targets, entropy_coef, alpha. The penalty's gradient passes through Q alone. Online, of a
+batch `online_share` are new steps, with their episodes' returns; the policy acts by its draws.
 
 Deviations:
-    D1  Weights start from PyTorch's default U(+-1/sqrt(fan_in)), as in all scripts; the authors'
-        code starts them orthogonally.
+    D1  Weights start as in all scripts; the authors' code starts them orthogonally.
     D2  log_std is the network's, bounded to [-20, 2] as in SAC; the authors' code scales and shifts
         it by learned numbers, and clips the data's actions to +-0.99999.
     D3  The squared error lacks CQL's factor 1/2 (authors' code): alpha belongs to this.
-    D4  The sums over actions are not divided by the number of samples m: it adds log(m) to G_i and
-        to what target_gap and gap_floor mean, and nothing else (authors' code).
-    D5  y uses the penalty's samples of pi(.|s'), where the authors' code draws anew. With
-        `entropy_backup` the best of n counts its entropy; theirs is the best by Q alone.
+    D4  Sums over m samples are not divided by m (authors' code), which adds log(m) to G_i and to
+        what target_gap and gap_floor mean, and nothing else.
+    D5  y uses the penalty's samples, the authors' code new ones. With `entropy_backup` the best of
+        n counts its entropy; theirs is the best by Q alone.
     D6  With `lagrange` alpha starts at its setting and target_gap is compared with G; the authors'
         code multiplies by exp(1) at first. Their bound on the multiplier, 1e6, is kept.
-    D7  Online, one step is followed by `updates_per_step` updates, and learned from once its
-        episode has ended and has a return; the authors' code plays an episode, then makes an update
-        for each of its steps. CORL sets mc to 0 and drops the bound online.
+    D7  Online, `updates_per_step` updates follow a step, learned from once its episode has ended;
+        the authors' code plays an episode, then an update for each step. CORL drops the bound.
     D8  Beyond the paper: `gap_floor` (CORL's clip of G on antmaze).
-    D9  On kitchen the authors' code leaves the densities out of the sum and puts Q_i(s,a) into it;
-        this is not offered.
+    D9  On kitchen the authors' code has no densities in the sum, but Q_i(s,a): not offered here.
 
-Metrics, means over the batch, sums over the critics: `train/critic_loss`, `train/td_loss` its
-squared errors; means over both: `train/conservative_gap` G; `train/bound_share` how often mc(s)
-exceeds Q at the policy's actions (near 0: plain CQL; near 1: Q is below what the data achieved);
-`train/q` at the data, `train/q_random` at uniform actions (well below q once the penalty works),
-`train/q_policy` at the policy's; `train/actor_loss`; `train/entropy` of the policy, which a learned
-`train/entropy_coef` leads to -act_dim; with lagrange `train/alpha` (growth without end: target_gap
-is out of reach). Online also `online/return`, `online/length`, means of the episodes that ended
-since the last row.
+Metrics, means over batch and critics (`train/critic_loss` and its squared errors `train/td_loss`:
+sums over the critics): `train/conservative_gap` G; `train/bound_share` how often mc(s) exceeds Q of
+the policy (near 0: plain CQL; near 1: Q is below what the data achieved); `train/q` at the data,
+`train/q_policy` at the policy's actions, `train/q_random` at uniform ones (well below q, once the
+penalty works); `train/actor_loss`; `train/entropy` (-act_dim by a learned `train/entropy_coef`);
+with lagrange `train/alpha` (endless growth: target_gap is out of reach). Online also
+`online/return`, `online/length`, means of the episodes that ended since the last row.
 
     python algorithms/cal_ql.py --config configs/cal_ql/antmaze-umaze.yaml
 """
@@ -420,145 +411,114 @@ class SquashedPolicy(nn.Module):
 
 
 class CalQL(Agent):
-    """S independent Cal-QL learners; a batch holds [S, B, dim] or [S, B] tensors, a loss is [S].
-
-    Of m sampled actions a state: actions [S, m, B, act_dim], what belongs to them [S, m, B].
-    """
+    """S Cal-QL learners; tensors are [S, B, dim], [S, B], of m actions a state [S, m, B, dim]."""
 
     whole_episodes = True  # D7
 
     def __init__(self, cfg: TrainConfig, units: dict):
         super().__init__(cfg, units)
-        obs_dim = self.obs_dim
-        if cfg.infinite_horizon and cfg.gamma == 1:
-            raise RunError("infinite_horizon: without a discount (gamma 1) its sums have no end")
+        check(cfg.gamma < 1 or not cfg.infinite_horizon, "infinite_horizon: gamma must be below 1")
         generators = [generator(seed, "init") for seed in cfg.seeds]  # D1
-        hidden, critic_hidden = (
-            [cfg.hidden_dim] * layers for layers in (cfg.hidden_layers, cfg.critic_hidden_layers)
-        )
-        self.actor = SquashedPolicy(generators, obs_dim, hidden, self.act_dim)  # D2
-        self.critic = MLP(generators, obs_dim + self.act_dim, critic_hidden, 1, ensemble=2)
+        hidden = [cfg.hidden_dim] * cfg.hidden_layers
+        critic_hidden = [cfg.hidden_dim] * cfg.critic_hidden_layers
+        self.actor = SquashedPolicy(generators, self.obs_dim, hidden, self.act_dim)  # D2
+        self.critic = MLP(generators, self.obs_dim + self.act_dim, critic_hidden, 1, ensemble=2)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.actor_adam = Adam(self.actor.parameters(), cfg.actor_lr)
         self.critic_adam = Adam(self.critic.parameters(), cfg.critic_lr)
-        log_entropy_coef = torch.full((cfg.num_seeds,), math.log(cfg.entropy_coef))
+        starts = {"log_entropy_coef": math.log(cfg.entropy_coef), "log_multiplier": 0.0}
+        for name, start in starts.items():  # where not learned, the config's: not saved
+            self.register_buffer(name, torch.full((cfg.num_seeds,), start), persistent=False)
         if cfg.learn_entropy_coef:
-            self.log_entropy_coef = nn.Parameter(log_entropy_coef)
+            self.log_entropy_coef = nn.Parameter(self.log_entropy_coef)
             self.entropy_adam = Adam([self.log_entropy_coef], cfg.actor_lr)
-        else:  # the config's, not the checkpoint's
-            self.register_buffer("log_entropy_coef", log_entropy_coef, persistent=False)
         if cfg.lagrange:
-            self.log_multiplier = nn.Parameter(torch.zeros(cfg.num_seeds))
+            self.log_multiplier = nn.Parameter(self.log_multiplier)
             self.multiplier_adam = Adam([self.log_multiplier], cfg.critic_lr)
-        else:
-            zeros = torch.zeros(cfg.num_seeds)
-            self.register_buffer("log_multiplier", zeros, persistent=False)
 
     def rows(self, episode: dict) -> dict:
         """Adds mc_return [T], the discounted return from each step to its episode's end."""
-        rows, gamma = super().rows(episode), self.cfg.gamma
-        rewards, mc_returns, following = rows["reward"].tolist(), [], 0.0
+        rows, gamma, after = super().rows(episode), self.cfg.gamma, 0.0
+        rewards = rows["reward"].tolist()  # summed in float64, backwards
         if self.cfg.infinite_horizon and not episode["terminated"][-1]:
-            following = rewards[-1] / (1 - gamma)
-        for reward in reversed(rewards):
-            following = reward + gamma * following
-            mc_returns.append(following)
-        return {**rows, "mc_return": rows["reward"].new_tensor(mc_returns[::-1])}
-
-    def alpha(self) -> Tensor:
-        """The weight of the conservative gap [S]: the setting, times what Lagrange learned."""
-        return self.cfg.alpha * self.log_multiplier.exp().clamp(max=1e6)  # D6
+            after = rewards[-1] / (1 - gamma)
+        sums = itertools.accumulate(rewards[::-1], lambda x, r: r + gamma * x, initial=after)
+        return {**rows, "mc_return": rows["reward"].new_tensor([*sums][:0:-1])}
 
     def q(self, critic: MLP, obs: Tensor, actions: Tensor) -> Tensor:
         """Q_i(s, a_j) of both critics at m actions a state: [S, 2, m, B], in one pass."""
-        count = actions.shape[1]
-        pairs = torch.cat([obs.unsqueeze(1).expand(-1, count, -1, -1), actions], -1)
-        return critic(pairs.flatten(1, 2)).squeeze(-1).unflatten(-1, (count, -1))
+        pairs = torch.cat([obs.unsqueeze(1).expand(-1, actions.shape[1], -1, -1), actions], -1)
+        return critic(pairs.flatten(1, 2)).squeeze(-1).unflatten(-1, actions.shape[1:3])
 
     def proposals(self, obs: Tensor, next_obs: Tensor, noise: dict) -> tuple:
-        """The penalty's actions with the logs of their densities, and those of pi(.|s') for y.
-
-        n actions each of the uniform density, of pi(.|s) and of pi(.|s').
-        """
-        drawn = self.actor.draw(torch.cat([obs, next_obs], -2), noise["policy"])
-        action, next_action = drawn[0].chunk(2, -2)
-        log_prob, next_log_prob = drawn[1].chunk(2, -1)
+        """The penalty's actions, the logs of their densities; the same of pi(.|s') alone, for y."""
+        draws, logs = self.actor.draw(torch.cat([obs, next_obs], -2), noise["policy"])
+        (action, next_action), (log_prob, next_log_prob) = draws.chunk(2, -2), logs.chunk(2, -1)
         log_uniform = torch.full_like(log_prob, -self.act_dim * math.log(2))
         actions = torch.cat([2 * noise["uniform"] - 1, action, next_action], 1)
         densities = torch.cat([log_uniform, log_prob, next_log_prob], 1)
         return actions, densities, next_action, next_log_prob
 
-    def target(self, batch: dict, next_action: Tensor, next_log_prob: Tensor, entropy_coef: Tensor):
+    def target(self, batch: dict, next_action: Tensor, next_log_prob: Tensor) -> Tensor:
         """y [S, B]: the smaller target critic at an action of pi(.|s'), or at the best of n."""
         cfg, count = self.cfg, self.cfg.num_actions if self.cfg.max_backup else 1
-        next_action, next_log_prob = next_action[:, :count], next_log_prob[:, :count]  # D5
-        next_q = self.q(self.target_critic, batch["next_obs"], next_action).amin(1)
+        next_q = self.q(self.target_critic, batch["next_obs"], next_action[:, :count]).amin(1)  # D5
         if cfg.entropy_backup:
-            next_q = next_q - entropy_coef[:, None, None] * next_log_prob
+            next_q = next_q - self.log_entropy_coef.exp()[:, None, None] * next_log_prob[:, :count]
         return batch["reward"] + cfg.gamma * (1 - batch["terminated"]) * next_q.amax(1)
 
     def critic_loss(self, target: Tensor, batch: dict, actions: Tensor, densities: Tensor, alpha):
         """Both critics regress to y while their gaps, bounded by mc, are made smaller."""
-        cfg, n = self.cfg, self.cfg.num_actions
-        actions = torch.cat([batch["action"].unsqueeze(1), actions], 1)
-        every = self.q(self.critic, batch["obs"], actions)
-        q, uniform, policy = every.tensor_split([1, 1 + n], -2)
+        n, actions = self.cfg.num_actions, torch.cat([batch["action"].unsqueeze(1), actions], 1)
+        q, random, policy = self.q(self.critic, batch["obs"], actions).tensor_split([1, 1 + n], -2)
         q, bound = q.squeeze(-2), batch["mc_return"][:, None, None]
-        sampled = torch.cat([uniform, torch.maximum(policy, bound)], -2)
+        sampled = torch.cat([random, torch.maximum(policy, bound)], -2)
         gap = (sampled - densities.unsqueeze(1)).logsumexp(-2) - q  # D4, D9
-        if cfg.gap_floor is not None:
-            gap = gap.clamp(min=cfg.gap_floor)  # D8
+        if self.cfg.gap_floor is not None:
+            gap = gap.clamp(min=self.cfg.gap_floor)  # D8
         gap, td_loss = gap.mean(-1), (target.unsqueeze(-2) - q).square().mean(-1).sum(-1)  # D3
         metrics = {"td_loss": td_loss, "conservative_gap": gap.mean(-1), "q": q.mean((-2, -1))}
-        metrics |= {"q_policy": policy[:, :, :n].mean((-3, -2, -1))}
-        metrics |= {"q_random": uniform.mean((-3, -2, -1))}
-        metrics |= {"bound_share": (policy < bound).float().mean((-3, -2, -1))}
-        return td_loss + alpha * gap.sum(-1), {k: v.detach() for k, v in metrics.items()}
+        parts = {"q_policy": policy[:, :, :n], "q_random": random}
+        parts["bound_share"] = (policy < bound).float()
+        metrics |= {name: values.mean((-3, -2, -1)) for name, values in parts.items()}
+        return td_loss + alpha * gap.sum(-1), metrics
 
-    def actor_loss(self, obs: Tensor, noise: Tensor, entropy_coef: Tensor):
+    def actor_loss(self, obs: Tensor, noise: Tensor):
         """SAC's loss of the policy, and its mean log pi."""
-        policy, log_prob = self.actor.draw(obs, noise)
-        value = self.q(self.critic, obs, policy.unsqueeze(1)).squeeze(-2).amin(-2)
+        action, log_prob = self.actor.draw(obs, noise)
+        q = self.q(self.critic, obs, action.unsqueeze(1)).squeeze(-2).amin(-2)
         log_prob = log_prob.mean(-1)
-        return entropy_coef * log_prob - value.mean(-1), log_prob.detach()
+        return self.log_entropy_coef.exp() * log_prob - q.mean(-1), log_prob.detach()
 
     def update(self, batch: dict, noise: dict) -> dict:
         """One update of every member; each loss is that of the parameters at its start."""
-        cfg, obs = self.cfg, batch["obs"]
         with torch.no_grad():
-            entropy_coef, alpha = self.log_entropy_coef.exp(), self.alpha()
-            actions, densities, *of_next = self.proposals(obs, batch["next_obs"], noise)
-            target = self.target(batch, *of_next, entropy_coef)
-        actor_loss, log_prob = self.actor_loss(obs, noise["actor"], entropy_coef)
+            actions, densities, *of_next = self.proposals(batch["obs"], batch["next_obs"], noise)
+            target = self.target(batch, *of_next)
+        actor_loss, log_prob = self.actor_loss(batch["obs"], noise["actor"])
         self.actor_adam.descend(actor_loss)
-
-        critic_loss, metrics = self.critic_loss(target, batch, actions, densities, alpha)
+        alpha = self.cfg.alpha * self.log_multiplier.exp().clamp(max=1e6)  # D6
+        critic_loss, metrics = self.critic_loss(target, batch, actions, densities, alpha.detach())
         self.critic_adam.descend(critic_loss)
-        polyak(self.target_critic, self.critic, cfg.tau)
-        metrics |= {"critic_loss": critic_loss.detach(), "actor_loss": actor_loss.detach()}
-        metrics |= {"entropy": -log_prob}
-
-        if cfg.learn_entropy_coef:
-            metrics |= {"entropy_coef": entropy_coef}
-            excess = log_prob - self.act_dim
-            self.entropy_adam.descend(-self.log_entropy_coef * excess)
-        if cfg.lagrange:
-            metrics |= {"alpha": alpha}
-            excess = metrics["conservative_gap"] - cfg.target_gap
-            self.multiplier_adam.descend(-self.alpha() * excess)
-        return metrics
+        polyak(self.target_critic, self.critic, self.cfg.tau)
+        metrics |= {"critic_loss": critic_loss, "actor_loss": actor_loss, "entropy": -log_prob}
+        if self.cfg.learn_entropy_coef:
+            metrics["entropy_coef"] = self.log_entropy_coef.exp()
+            self.entropy_adam.descend(-self.log_entropy_coef * (log_prob - self.act_dim))
+        if self.cfg.lagrange:
+            metrics["alpha"], gap = alpha, metrics["conservative_gap"].detach()
+            self.multiplier_adam.descend(-alpha * (gap - self.cfg.target_gap))
+        return {name: value.detach() for name, value in metrics.items()}
 
     def noise_shapes(self) -> dict:
-        n, batch_size = self.cfg.num_actions, self.cfg.batch_size
-        shapes = {"policy": ("normal", (n, 2 * batch_size, self.act_dim))}  # at s, then at s'
-        shapes["uniform"] = ("uniform", (n, batch_size, self.act_dim))
-        return {**shapes, "actor": ("normal", (batch_size, self.act_dim))}
+        n, size, dim = self.cfg.num_actions, self.cfg.batch_size, self.act_dim
+        policy, actor = ("normal", (n, 2 * size, dim)), ("normal", (size, dim))  # at s, s'; at s
+        return {"policy": policy, "uniform": ("uniform", (n, size, dim)), "actor": actor}
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
         """tanh of the mean, in the environment's units: [S, N, obs_dim] -> [S, N, act_dim]."""
-        mean, _ = self.actor(self.normalize(obs))
-        return self.env_action(mean.tanh())
+        return self.env_action(self.actor(self.normalize(obs))[0].tanh())
 
     @torch.no_grad()
     def explore(self, obs: Tensor, noise: Tensor) -> Tensor:

@@ -14,46 +14,37 @@ the policy finds no overestimated action outside of the data.
     L_eta = - log(entropy_coef) E_s[ log pi(a|s) - act_dim ]      (SAC; entropy_coef is learned)
     L_alpha = - alpha ( mean_i E[ G_i ] - target_gap )    (appendix F; with `lagrange`, alpha >= 0)
 
-`regularizer: h` estimates the sum over actions from n actions each of the uniform density, of
-pi(.|s) and of pi(.|s'), every exp(Q_i(s,a')) divided by the density of a' (appendix F).
-`regularizer: rho` is CQL(rho) with the policy of the last update as rho: log E_rho[exp(Q_i(s,a'))]
-takes the place of the sum, from n actions of pi(.|s).
+`regularizer: h` estimates the sum from n actions each of pi(.|s), of the uniform density and of
+pi(.|s'), every exp(Q_i(s,a')) divided by the density of a' (appendix F). `rho`, CQL(rho), takes
+log E_rho[exp(Q_i(s,a'))] from n actions of rho = pi(.|s), the policy of the last update.
 
 Order of one update: every loss is that of the parameters at its start (D8); steps of the policy,
-the critics and their targets, entropy_coef, alpha. Actions are drawn before the policy moves, and
-the penalty's gradient passes through Q alone. Online (`online_steps`) the same losses see data and
-new steps, in one buffer (CORL) or mixed by `online_share`, and the policy acts by its draws.
+critics, targets, entropy_coef, alpha. The penalty's gradient passes through Q alone. Online, data
+and new steps share a buffer (CORL) or `online_share` mixes them, and the policy acts by its draws.
 
 Deviations:
-    D1  Weights start from PyTorch's default U(+-1/sqrt(fan_in)), as in all scripts; the authors'
-        code narrows the last layers to 1e-3 (policy) and 3e-3 (critics).
-    D2  log_std is bounded to [-20, 2] as in SAC, and the data's actions to +-(1 - 1e-6) where their
-        log pi is finite; the authors' code bounds log_std to [-5, 2] and, in that log pi, means
-        to +-9.
+    D1  Weights start as in all scripts, the authors' last layers at 1e-3 (policy), 3e-3 (critics).
+    D2  log_std is bounded to [-20, 2] as in SAC, the data's actions to +-(1 - 1e-6) in their log
+        pi; the authors' code bounds log_std to [-5, 2] and, in that log pi, means to +-9.
     D3  The squared error lacks equation 4's factor 1/2 (authors' code): alpha belongs to this.
-    D4  pi(.|s') proposes actions too (authors' code; appendix F has U and pi(.|s)), and the sums of
-        both regularizers are not divided by the number of samples m: it adds log(m) to G_i and to
-        what target_gap and gap_floor mean, and nothing else.
-    D5  CQL(rho) is the paper's. The authors' code calls its `min_q_version=2` so: log-sum-exp over
-        Q at all 3n samples and at the data's action, without densities.
-    D6  y uses the penalty's samples of pi(.|s'), where the authors' code draws anew. `max_backup`
-        takes the best action of the smaller critic (appendix F, CORL); the authors' code takes the
-        smaller of the critics' maxima. With `entropy_backup` the best of n counts its entropy;
-        the authors' code adds none there.
+    D4  pi(.|s') proposes actions too (authors' code, not appendix F); sums over m samples are not
+        divided by m, which adds log(m) to G_i and to what target_gap and gap_floor mean, no more.
+    D5  CQL(rho) is the paper's. The authors' `min_q_version=2` is log-sum-exp over Q at all 3n
+        samples and at the data's action, without densities.
+    D6  y uses the penalty's samples, the authors' code new ones. `max_backup` takes the best action
+        by the smaller critic (appendix F, CORL), log pi included by `entropy_backup`; theirs the
+        smaller of the critics' maxima, without entropy.
     D7  `lagrange` starts alpha at its setting and compares target_gap with G (paper); the authors'
-        code has alpha' (alpha G - tau), so their tau / alpha is target_gap here. Their bound on
-        alpha', 1e6, is kept.
-    D8  The authors' code moves entropy_coef first and uses the new one in L_pi, and in y with
-        `entropy_backup`.
+        code has alpha' (alpha G - tau): target_gap is their tau / alpha. Here too alpha' <= 1e6.
+    D8  The authors' code moves entropy_coef before L_pi and y (`entropy_backup`) use it.
     D9  Beyond the paper: `bc_updates` (authors' code), `gap_floor` (CORL's clip of G on antmaze).
 
-Metrics, means over the batch, sums over the critics: `train/critic_loss`, `train/td_loss` its
-squared errors; means over both: `train/conservative_gap` G; `train/q` at the data,
-`train/q_random` at uniform actions (h only; well below q once the penalty works), `train/q_policy`
-at the policy's (above q: alpha is too small; far below q: too large); `train/actor_loss`;
-`train/entropy` of the policy, which a learned `train/entropy_coef` leads to -act_dim; with lagrange
-`train/alpha` (growth without end: target_gap is out of reach). Online also `online/return`,
-`online/length`, means of the episodes that ended since the last row.
+Metrics, means over batch and critics (`train/critic_loss` and its squared errors `train/td_loss`:
+sums over the critics): `train/conservative_gap` G; `train/q` at the data; `train/q_random` at
+uniform actions (h only; well below q once the penalty works); `train/q_policy` at the policy's
+(above q: alpha is too small; far below: too large); `train/actor_loss`; `train/entropy` of the
+policy (-act_dim by a learned `train/entropy_coef`); with lagrange `train/alpha` (endless growth:
+target_gap is out of reach). Online also `online/return`, `online/length` of episodes now ended.
 
     python algorithms/cql.py --config configs/cql/hopper-medium.yaml
 """
@@ -417,138 +408,109 @@ class SquashedPolicy(nn.Module):
 
 
 class CQL(Agent):
-    """S independent CQL learners; a batch holds [S, B, dim] or [S, B] tensors, a loss is [S].
-
-    Of m sampled actions a state: actions [S, m, B, act_dim], what belongs to them [S, m, B].
-    """
+    """S CQL learners; tensors are [S, B, dim], [S, B], of m actions a state [S, m, B, dim]."""
 
     def __init__(self, cfg: TrainConfig, units: dict):
         super().__init__(cfg, units)
-        obs_dim = self.obs_dim
         generators = [generator(seed, "init") for seed in cfg.seeds]  # D1
-        hidden, critic_hidden = (
-            [cfg.hidden_dim] * layers for layers in (cfg.hidden_layers, cfg.critic_hidden_layers)
-        )
-        self.actor = SquashedPolicy(generators, obs_dim, hidden, self.act_dim)  # D2
-        self.critic = MLP(generators, obs_dim + self.act_dim, critic_hidden, 1, ensemble=2)
+        hidden = [cfg.hidden_dim] * cfg.hidden_layers
+        critic_hidden = [cfg.hidden_dim] * cfg.critic_hidden_layers
+        self.actor = SquashedPolicy(generators, self.obs_dim, hidden, self.act_dim)  # D2
+        self.critic = MLP(generators, self.obs_dim + self.act_dim, critic_hidden, 1, ensemble=2)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.actor_adam = Adam(self.actor.parameters(), cfg.actor_lr)
         self.critic_adam = Adam(self.critic.parameters(), cfg.critic_lr)
-        log_entropy_coef = torch.full((cfg.num_seeds,), math.log(cfg.entropy_coef))
+        starts = {"log_entropy_coef": math.log(cfg.entropy_coef), "log_multiplier": 0.0}
+        for name, start in starts.items():  # where not learned, the config's: not saved
+            self.register_buffer(name, torch.full((cfg.num_seeds,), start), persistent=False)
         if cfg.learn_entropy_coef:
-            self.log_entropy_coef = nn.Parameter(log_entropy_coef)
+            self.log_entropy_coef = nn.Parameter(self.log_entropy_coef)
             self.entropy_adam = Adam([self.log_entropy_coef], cfg.actor_lr)
-        else:  # the config's, not the checkpoint's
-            self.register_buffer("log_entropy_coef", log_entropy_coef, persistent=False)
         if cfg.lagrange:
-            self.log_multiplier = nn.Parameter(torch.zeros(cfg.num_seeds))
+            self.log_multiplier = nn.Parameter(self.log_multiplier)
             self.multiplier_adam = Adam([self.log_multiplier], cfg.critic_lr)
-        else:
-            zeros = torch.zeros(cfg.num_seeds)
-            self.register_buffer("log_multiplier", zeros, persistent=False)
-
-    def alpha(self) -> Tensor:
-        """The weight of the conservative gap [S]: the setting, times what Lagrange learned."""
-        return self.cfg.alpha * self.log_multiplier.exp().clamp(max=1e6)  # D7
 
     def q(self, critic: MLP, obs: Tensor, actions: Tensor) -> Tensor:
         """Q_i(s, a_j) of both critics at m actions a state: [S, 2, m, B], in one pass."""
-        count = actions.shape[1]
-        pairs = torch.cat([obs.unsqueeze(1).expand(-1, count, -1, -1), actions], -1)
-        return critic(pairs.flatten(1, 2)).squeeze(-1).unflatten(-1, (count, -1))
+        pairs = torch.cat([obs.unsqueeze(1).expand(-1, actions.shape[1], -1, -1), actions], -1)
+        return critic(pairs.flatten(1, 2)).squeeze(-1).unflatten(-1, actions.shape[1:3])
 
     def proposals(self, obs: Tensor, next_obs: Tensor, noise: dict) -> tuple:
-        """The penalty's actions with the logs of their densities, and those of pi(.|s') for y.
-
-        h has n actions each of pi(.|s), of the uniform density and of pi(.|s'); rho only the first,
-        whose ratio to rho is 1.
-        """
-        drawn = self.actor.draw(torch.cat([obs, next_obs], -2), noise["policy"])
-        action, next_action = drawn[0].chunk(2, -2)
-        log_prob, next_log_prob = drawn[1].chunk(2, -1)
-        if self.cfg.regularizer == "rho":  # D5
+        """The penalty's actions, the logs of their densities; the same of pi(.|s') alone, for y."""
+        draws, logs = self.actor.draw(torch.cat([obs, next_obs], -2), noise["policy"])
+        (action, next_action), (log_prob, next_log_prob) = draws.chunk(2, -2), logs.chunk(2, -1)
+        if self.cfg.regularizer == "rho":  # D5, the ratio of pi(.|s) to rho is 1
             return action, torch.zeros_like(log_prob), next_action, next_log_prob
         log_uniform = torch.full_like(log_prob, -self.act_dim * math.log(2))
         actions = torch.cat([action, 2 * noise["uniform"] - 1, next_action], 1)  # D4
         densities = torch.cat([log_prob, log_uniform, next_log_prob], 1)
         return actions, densities, next_action, next_log_prob
 
-    def target(self, batch: dict, next_action: Tensor, next_log_prob: Tensor, entropy_coef: Tensor):
+    def target(self, batch: dict, next_action: Tensor, next_log_prob: Tensor) -> Tensor:
         """y [S, B]: the smaller target critic at an action of pi(.|s'), or at the best of n."""
         cfg, count = self.cfg, self.cfg.num_actions if self.cfg.max_backup else 1
-        next_action, next_log_prob = next_action[:, :count], next_log_prob[:, :count]  # D6
-        next_q = self.q(self.target_critic, batch["next_obs"], next_action).amin(1)
+        next_q = self.q(self.target_critic, batch["next_obs"], next_action[:, :count]).amin(1)  # D6
         if cfg.entropy_backup:
-            next_q = next_q - entropy_coef[:, None, None] * next_log_prob
+            next_q = next_q - self.log_entropy_coef.exp()[:, None, None] * next_log_prob[:, :count]
         return batch["reward"] + cfg.gamma * (1 - batch["terminated"]) * next_q.amax(1)
 
     def critic_loss(self, target: Tensor, batch: dict, actions: Tensor, densities: Tensor, alpha):
         """Equation 4: both critics regress to y while their conservative gaps are made smaller."""
-        cfg, n = self.cfg, self.cfg.num_actions
         actions = torch.cat([batch["action"].unsqueeze(1), actions], 1)
         q, sampled = self.q(self.critic, batch["obs"], actions).tensor_split([1], -2)
-        q = q.squeeze(-2)
+        q, kinds = q.squeeze(-2), sampled.split(self.cfg.num_actions, -2)
         gap = (sampled - densities.unsqueeze(1)).logsumexp(-2) - q
-        if cfg.gap_floor is not None:
-            gap = gap.clamp(min=cfg.gap_floor)  # D9
+        if self.cfg.gap_floor is not None:
+            gap = gap.clamp(min=self.cfg.gap_floor)  # D9
         gap, td_loss = gap.mean(-1), (target.unsqueeze(-2) - q).square().mean(-1).sum(-1)  # D3
         metrics = {"td_loss": td_loss, "conservative_gap": gap.mean(-1), "q": q.mean((-2, -1))}
-        metrics |= {"q_policy": sampled[:, :, :n].mean((-3, -2, -1))}
-        if cfg.regularizer == "h":
-            metrics |= {"q_random": sampled[:, :, n : 2 * n].mean((-3, -2, -1))}
-        return td_loss + alpha * gap.sum(-1), {k: v.detach() for k, v in metrics.items()}
+        for name, values in zip(("q_policy", "q_random"), kinds, strict=False):  # rho: one kind
+            metrics[name] = values.mean((-3, -2, -1))
+        return td_loss + alpha * gap.sum(-1), metrics
 
-    def actor_loss(self, obs: Tensor, action: Tensor, noise: Tensor, entropy_coef, cloning):
+    def actor_loss(self, batch: dict, noise: Tensor, cloning: bool):
         """SAC's loss of the policy; at first with log pi of the data's actions in place of Q."""
-        policy, log_prob = self.actor.draw(obs, noise)
+        action, log_prob = self.actor.draw(batch["obs"], noise)
         if cloning:
-            value = self.actor.log_prob(obs, action)  # D2, D9
+            value = self.actor.log_prob(batch["obs"], batch["action"])  # D2, D9
         else:
-            value = self.q(self.critic, obs, policy.unsqueeze(1)).squeeze(-2).amin(-2)
+            value = self.q(self.critic, batch["obs"], action.unsqueeze(1)).squeeze(-2).amin(-2)
         log_prob = log_prob.mean(-1)
-        return entropy_coef * log_prob - value.mean(-1), log_prob.detach()
+        return self.log_entropy_coef.exp() * log_prob - value.mean(-1), log_prob.detach()
 
     def update(self, batch: dict, noise: dict, cloning: bool) -> dict:
         """One update of every member; each loss is that of the parameters at its start."""
-        cfg, obs, action = self.cfg, batch["obs"], batch["action"]
         with torch.no_grad():
-            entropy_coef, alpha = self.log_entropy_coef.exp(), self.alpha()
-            actions, densities, *of_next = self.proposals(obs, batch["next_obs"], noise)
-            target = self.target(batch, *of_next, entropy_coef)
-        actor_loss, log_prob = self.actor_loss(obs, action, noise["actor"], entropy_coef, cloning)
-        self.actor_adam.descend(actor_loss)  # D8
-
-        critic_loss, metrics = self.critic_loss(target, batch, actions, densities, alpha)
+            actions, densities, *of_next = self.proposals(batch["obs"], batch["next_obs"], noise)
+            target = self.target(batch, *of_next)
+        actor_loss, log_prob = self.actor_loss(batch, noise["actor"], cloning)
+        self.actor_adam.descend(actor_loss)
+        alpha = self.cfg.alpha * self.log_multiplier.exp().clamp(max=1e6)  # D7
+        critic_loss, metrics = self.critic_loss(target, batch, actions, densities, alpha.detach())
         self.critic_adam.descend(critic_loss)
-        polyak(self.target_critic, self.critic, cfg.tau)
-        metrics |= {"critic_loss": critic_loss.detach(), "actor_loss": actor_loss.detach()}
-        metrics |= {"entropy": -log_prob}
-
-        if cfg.learn_entropy_coef:
-            metrics |= {"entropy_coef": entropy_coef}
-            excess = log_prob - self.act_dim
-            self.entropy_adam.descend(-self.log_entropy_coef * excess)
-        if cfg.lagrange:
-            metrics |= {"alpha": alpha}
-            excess = metrics["conservative_gap"] - cfg.target_gap
-            self.multiplier_adam.descend(-self.alpha() * excess)
-        return metrics
+        polyak(self.target_critic, self.critic, self.cfg.tau)
+        metrics |= {"critic_loss": critic_loss, "actor_loss": actor_loss, "entropy": -log_prob}
+        if self.cfg.learn_entropy_coef:  # D8
+            metrics["entropy_coef"] = self.log_entropy_coef.exp()
+            self.entropy_adam.descend(-self.log_entropy_coef * (log_prob - self.act_dim))
+        if self.cfg.lagrange:
+            metrics["alpha"], gap = alpha, metrics["conservative_gap"].detach()
+            self.multiplier_adam.descend(-alpha * (gap - self.cfg.target_gap))
+        return {name: value.detach() for name, value in metrics.items()}
 
     def variant(self, step: int) -> tuple:
         return (step < self.cfg.bc_updates,)
 
     def noise_shapes(self) -> dict:
-        n, batch_size = self.cfg.num_actions, self.cfg.batch_size
-        shapes = {"policy": ("normal", (n, 2 * batch_size, self.act_dim))}  # at s, then at s'
-        if self.cfg.regularizer == "h":
-            shapes["uniform"] = ("uniform", (n, batch_size, self.act_dim))
-        return {**shapes, "actor": ("normal", (batch_size, self.act_dim))}
+        n, size, dim = self.cfg.num_actions, self.cfg.batch_size, self.act_dim
+        policy = ("normal", (n, 2 * size, dim))  # at s, then at s'
+        uniform = {"uniform": ("uniform", (n, size, dim))} if self.cfg.regularizer == "h" else {}
+        return {"policy": policy, **uniform, "actor": ("normal", (size, dim))}
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
         """tanh of the mean, in the environment's units: [S, N, obs_dim] -> [S, N, act_dim]."""
-        mean, _ = self.actor(self.normalize(obs))
-        return self.env_action(mean.tanh())
+        return self.env_action(self.actor(self.normalize(obs))[0].tanh())
 
     @torch.no_grad()
     def explore(self, obs: Tensor, noise: Tensor) -> Tensor:
