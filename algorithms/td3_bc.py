@@ -142,7 +142,7 @@ def checked(spec: dataclasses.Field, raw):
         return text == "true"
     if kind == Optional[float] and text in ("none", "null"):
         return None
-    with contextlib.suppress(ValueError, yaml.YAMLError):
+    with contextlib.suppress(ValueError, RecursionError, yaml.YAMLError):
         raw = yaml.safe_load(raw) if kind is dict and isinstance(raw, str) else raw
         number = float(text)  # YAML 1.1 takes 1e6 for text
     if kind is dict and isinstance(raw, dict):
@@ -151,7 +151,7 @@ def checked(spec: dataclasses.Field, raw):
         return int(number) if kind is int else number
     wanted = {str: "text (in quotes)", bool: "true or false", dict: "a mapping {name: value}"}
     wanted = wanted.get(kind, f"a {'whole ' * (kind is int)}number from {low} to {high}")
-    raise RunError(f"{spec.name}: {raw!r} is not {f'one of {choices}' if choices else wanted}")
+    raise RunError(f"{spec.name}: {raw!r:.80} is not {f'one of {choices}' if choices else wanted}")
 
 
 # <<< shared: config
@@ -639,7 +639,8 @@ class Run:
             file.truncate(self.saved["sizes"][name] if self.saved else 0)
         if self.saved:
             self.about, self.seconds = self.saved["about"], self.saved["seconds"]
-            self.window = {k: list(v.unbind()) for k, v in self.saved["window"].items()}
+            device, window = self.agent.obs_mean.device, self.saved["window"]
+            self.window = {k: list(v.to(device).unbind()) for k, v in window.items()}
         else:
             self.about |= about
             self.write("config.yaml", yaml.safe_dump(self.config, sort_keys=False).encode())
@@ -810,12 +811,14 @@ def compiled(update, cfg, device: torch.device):
     torch._dynamo.config.trace_autograd_ops = True  # gradients are part of the graph
     mode = "reduce-overhead" if graphs else None
     graph = torch.compile(update, fullgraph=True, mode=mode) if wanted else update
+    failures = torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit
 
     def compiled_update(*args):
         nonlocal graph
         try:
+            torch.compiler.cudagraph_mark_step_begin()  # of no effect without graphs
             return {k: v.clone() if graphs else v for k, v in graph(*args).items()}
-        except torch._dynamo.exc.TorchDynamoException as error:  # raised before the graph runs
+        except failures as error:  # raised before the graph runs
             print(f"compile: the update fails ({type(error).__name__}), going on without")
             graph = update
             return update(*args)
@@ -855,6 +858,8 @@ def build(run: Run, agent_class, online_class) -> None:
         run.step = saved["step"]
         past = run.step > cfg.num_updates and not run.saved
         check(not past, f"checkpoint: it stands at update {run.step}, past num_updates")
+        first = saved["config"]["seed"]
+        check(first == cfg.seed, f"checkpoint: its first seed is {first}: give --seed {first}")
     rows = [agent.rows(episode) for episode in episodes]
     table = {name: torch.cat([each[name] for each in rows]) for name in rows[0]}
     check(len(table["obs"]), f"dataset {cfg.dataset_id} has no step to learn from")

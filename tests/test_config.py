@@ -153,6 +153,10 @@ def test_abbreviations_are_unknown_settings(iql, refused, flag):
     refused(iql, [flag, "0.9"], flag[2:])
 
 
+def test_a_deeply_nested_value(iql, refused):
+    assert len(refused(iql, ["--env_kwargs", "[" * 5000], "env_kwargs", "mapping")) < 300
+
+
 @pytest.mark.parametrize(
     "argv, name",
     [

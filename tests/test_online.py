@@ -355,6 +355,7 @@ def test_going_on_is_refused(iql, refused, whole_of):
     refused(iql, line(iql, checkpoint="offline", env_id="none"), "online_steps", "env_id")
     refused(iql, line(iql, checkpoint="offline", hidden_dim=8), "checkpoint")
     refused(iql, line(iql, checkpoint="offline", num_updates=9), "checkpoint", "num_updates")
+    refused(iql, line(iql, checkpoint="offline", seed=77), "checkpoint", "--seed")
     refused(iql, line(iql, checkpoint="offline", run_dir="offline"), "offline")
     refused(iql, line(iql, checkpoint=whole_of(iql)), "checkpoint", "num_updates")
 
