@@ -36,8 +36,10 @@ import contextlib
 import copy
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
+import inspect
 import io
 import itertools
 import json
@@ -70,7 +72,7 @@ from tqdm import tqdm
 
 # >>> shared: config
 class RunError(Exception):
-    """Ends the script with one line: the message, and the exit code where it is not 2."""
+    """Ends the script with one line and exit code 2."""
 
 
 def check(right, problem: str) -> None:
@@ -113,46 +115,45 @@ class RunConfig:
     num_seeds: int = setting(1, 1, 1024)  # seeds trained at once: seed, seed + 1, ...
     num_updates: int = setting(1_000_000, 1, 10**10)  # gradient updates of each member
     batch_size: int = setting(256, 1, 10**6)  # transitions per member and update
-    eval_every: int = setting(5_000, 1, 10**10)  # updates, online steps, between evaluations
+    eval_every: int = setting(5_000, 1, 10**10)  # updates between evaluations
     eval_episodes: int = setting(10, 0, 10_000)  # episodes per member and evaluation; 0 = none
     final_eval_episodes: int = setting(100, 0, 10_000)  # episodes per member after the last update
     eval_seed: int = setting(10_000, 0, 2**31)  # episode i starts from eval_seed + i, for any seed
-    log_every: int = setting(1_000, 1, 10**7)  # the same between log rows (means of the interval)
-    checkpoint_every: int = setting(50_000, 1, 10**10)  # the same between checkpoints
+    log_every: int = setting(1_000, 1, 10**7)  # updates between log rows (means of the interval)
+    checkpoint_every: int = setting(50_000, 1, 10**10)  # updates between checkpoints
     run_dir: str = ""  # the run's folder; "" = runs/<label>/<dataset>/<date-time>-<seeds>
     resume: bool = False  # go on from the checkpoint in run_dir
     checkpoint: str = ""  # start from the agent and update of this run folder or checkpoint.pt
     label: str = ""  # name of this variant in folders and tables; "" = the algorithm's name
-    device: str = "auto"  # auto = cuda where there is one, else cpu
+    device: str = setting("auto", choices=("auto", "cpu", "cuda"))  # auto = cuda if there is one
     compile: str = setting("auto", choices=("auto", "true", "false", "graphs"))  # auto = long runs
     wandb: str = setting("disabled", choices=("disabled", "offline", "online"))  # Weights & Biases
     wandb_project: str = "stitch"  # project in Weights & Biases
 
     def __post_init__(self):
-        """Bring values of YAML, the command line or Python to their fields' types and ranges."""
         for spec in dataclasses.fields(self):
             setattr(self, spec.name, checked(spec, getattr(self, spec.name)))
         self.seeds = range(self.seed, self.seed + self.num_seeds)
 
 
 def checked(spec: dataclasses.Field, raw):
+    """A value of YAML, the command line or Python in its field's type and range."""
+    kind, text = spec.type, str(raw).lower()
     low, high, choices = (spec.metadata.get(name) for name in ("low", "high", "choices"))
-    kind, text, number = spec.type, str(raw).lower(), math.nan
-    if kind is str and (text in choices if choices else isinstance(raw, str)):
-        return text if choices else raw
-    if kind is bool and text in ("true", "false"):
-        return text == "true"
-    if kind == Optional[float] and text in ("none", "null"):
-        return None
-    with contextlib.suppress(ValueError, RecursionError, yaml.YAMLError):
-        raw = yaml.safe_load(raw) if kind is dict and isinstance(raw, str) else raw
+    with contextlib.suppress(ValueError, TypeError, RecursionError, yaml.YAMLError):
+        if kind is dict:
+            return {**(yaml.safe_load(raw) if isinstance(raw, str) else raw)}
+        if kind is str and (text in choices if choices else isinstance(raw, str)):
+            return text if choices else raw
+        if kind is bool and text in ("true", "false"):
+            return text == "true"
+        if kind == Optional[float] and text in ("none", "null"):
+            return None
         number = float(text)  # YAML 1.1 takes 1e6 for text
-    if kind is dict and isinstance(raw, dict):
-        return raw
-    if low is not None and low <= number <= high and (kind is not int or number.is_integer()):
-        return int(number) if kind is int else number
-    wanted = {str: "text (in quotes)", bool: "true or false", dict: "a mapping {name: value}"}
-    wanted = wanted.get(kind, f"a {'whole ' * (kind is int)}number from {low} to {high}")
+        if low <= number <= high and (kind is not int or number.is_integer()):
+            return int(number) if kind is int else number
+    kinds = {str: "text (in quotes)", bool: "true or false", dict: "a mapping {name: value}"}
+    wanted = kinds.get(kind, f"a {'whole ' * (kind is int)}number from {low} to {high}")
     raise RunError(f"{spec.name}: {raw!r:.80} is not {f'one of {choices}' if choices else wanted}")
 
 
@@ -188,10 +189,12 @@ def generator(seed: int, stream: str, index: int = 0, device="cpu") -> torch.Gen
 
 
 class Linear(nn.Module):
-    """One linear map for each of S members x E: [S*E, B, in_dim] -> [S*E, B, out_dim]."""
+    """One linear map for each of S members x E: [S*E, B, in_dim] -> [S*E, B, out_dim].
+
+    Weights start from U(+-1/sqrt(in_dim)), drawn from the generator of each member.
+    """
 
     def __init__(self, generators, in_dim: int, out_dim: int, ensemble: int = 1):
-        """Weights start from U(+-1/sqrt(in_dim)); `generators` holds one for each member."""
         super().__init__()
         bound, draws = in_dim**-0.5, []
         for shape in ((ensemble, in_dim, out_dim), (ensemble, 1, out_dim)):
@@ -243,11 +246,11 @@ class Adam(nn.Module):
     Moments and steps are buffers, so that `agent.state_dict()` is the whole state of training.
     """
 
-    def __init__(self, params, lr: float, decay: float = 0.0, decoupled: bool = False):
+    def __init__(self, params, lr: float, **options):
         super().__init__()
         self.params = list(params)
-        self.options = {"lr": lr, "weight_decay": decay, "decoupled_weight_decay": decoupled}
-        self.options |= {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "amsgrad": False}
+        self.options = {"lr": lr, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+        self.options |= {"amsgrad": False, "maximize": False, "foreach": False, **options}
         for name, (i, p) in itertools.product("mv", enumerate(self.params)):
             self.register_buffer(f"{name}{i}", torch.zeros_like(p))
         self.register_buffer("steps", torch.zeros(len(self.params)))
@@ -261,20 +264,15 @@ class Adam(nn.Module):
         """By torch's own function; a scheduled rate `lr` [] takes the place of the constant."""
         gradients = [g.contiguous() for g in gradients]  # the fused kernel ignores strides
         m, v = ([getattr(self, f"{name}{i}") for i in range(len(gradients))] for name in "mv")
-        options = self.options | {"fused": not torch.compiler.is_compiling(), "foreach": False}
-        options |= {} if lr is None else {"lr": lr}
-        adam(self.params, gradients, m, v, [], [*self.steps.unbind()], maximize=False, **options)
+        options = self.options if lr is None else {**self.options, "lr": lr}
+        fused = not torch.compiler.is_compiling()
+        adam(self.params, gradients, m, v, [], [*self.steps.unbind()], fused=fused, **options)
 
 
 @torch.no_grad()
 def polyak(target: nn.Module, online: nn.Module, tau: float) -> None:
     """target <- target + tau (online - target)."""
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
-
-
-def take(values: Tensor, rows: Tensor) -> Tensor:
-    """values[rows], in half the time."""
-    return values.index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
 class Agent(nn.Module):
@@ -285,7 +283,7 @@ class Agent(nn.Module):
 
     def __init__(self, cfg, units: dict):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.noise_shapes = cfg, {}  # of `update`: name -> (kind, shape for one member)
         for name in self.units:  # buffers, so that they are saved with the weights
             self.register_buffer(name, torch.as_tensor(units[name], dtype=torch.float32).clone())
         self.obs_dim, self.act_dim = len(self.obs_mean), len(self.action_center)
@@ -294,6 +292,10 @@ class Agent(nn.Module):
     def select(episodes: list, cfg) -> list:  # noqa: ARG004
         """The episodes of the data to learn from."""
         return episodes
+
+    def variant(self, step: int) -> tuple:  # noqa: ARG002
+        """What else `update` is told, such as whether a delayed actor moves."""
+        return ()
 
     def normalize(self, obs: Tensor) -> Tensor:
         return (obs - self.obs_mean) / self.obs_std
@@ -314,19 +316,9 @@ class Agent(nn.Module):
         return {**rows, "terminated": parts["terminated"]}
 
     def gather(self, table: dict, rows: Tensor) -> dict:
-        """The batch at `rows` [S, B] of the table."""
-        return {name: take(values, rows) for name, values in table.items()}
-
-    def noise_shapes(self) -> dict:
-        """Random numbers of `update`: name -> (kind, shape for one member).
-
-        The kind is "normal", "uniform", or the probability with which booleans are True.
-        """
-        return {}
-
-    def variant(self, step: int) -> tuple:  # noqa: ARG002
-        """What else `update` is told, such as whether a delayed actor moves."""
-        return ()
+        """The batch at `rows` [S, B] of the table, by what takes half the time of table[rows]."""
+        at, shape = rows.flatten(), rows.shape
+        return {name: v.index_select(0, at).unflatten(0, shape) for name, v in table.items()}
 
 
 # <<< shared: networks
@@ -443,8 +435,11 @@ class DT(Agent):
         self.asked = read_targets(cfg.target_returns)
         generators = [generator(seed, "init") for seed in cfg.seeds]
         self.actor = Transformer(generators, self.obs_dim, self.act_dim, cfg)
-        decay = {"decay": cfg.weight_decay, "decoupled": True}  # AdamW
+        decay = {"weight_decay": cfg.weight_decay, "decoupled_weight_decay": True}  # AdamW
         self.actor_adam = Adam(self.actor.parameters(), cfg.actor_lr, **decay)
+        masks, tokens = 1 + 2 * cfg.hidden_layers, 3 * cfg.context * cfg.batch_size
+        kept = (1 - cfg.dropout, (masks, tokens, cfg.hidden_dim))
+        self.noise_shapes = {"kept": kept} if cfg.dropout else {}
 
     def targets(self) -> list:
         """The returns that evaluation asks for, in the environment's units."""
@@ -466,15 +461,10 @@ class DT(Agent):
     def gather(self, table: dict, rows: Tensor) -> dict:
         """Windows that begin at `rows` [S, B]; the padding repeats an episode's last step."""
         ahead = torch.arange(self.cfg.context, device=rows.device)  # D3
-        left = take(table["steps_left"], rows).unsqueeze(-1)
-        at = rows.unsqueeze(-1) + torch.minimum(ahead, left - 1)
-        names = ("obs", "action", "return_to_go", "timestep")
-        return {**{name: take(table[name], at) for name in names}, "mask": ahead < left}
-
-    def noise_shapes(self) -> dict:
-        masks, tokens = 1 + 2 * self.cfg.hidden_layers, 3 * self.cfg.context * self.cfg.batch_size
-        shape = (masks, tokens, self.cfg.hidden_dim)
-        return {"kept": (1 - self.cfg.dropout, shape)} if self.cfg.dropout else {}
+        columns, left = {**table}, table["steps_left"][rows].unsqueeze(-1)
+        del columns["steps_left"]
+        steps = super().gather(columns, rows.unsqueeze(-1) + torch.minimum(ahead, left - 1))
+        return {**steps, "mask": ahead < left}
 
     def actor_loss(self, batch: dict, noise: dict) -> Tensor:
         """Algorithm 1: the squared error of the actions at the steps that are not padding."""
@@ -545,18 +535,16 @@ def find_dataset(cfg) -> Path:
     """The folder of `dataset_id`, or of the fallback, which `cfg` names from then on."""
     name, stored = cfg.dataset_id, minari.storage.get_dataset_path(cfg.dataset_id)
     bases = (Path(name), SCRIPT.parents[1] / name, stored) if name else ()
-    for folder in [base / inner for base in bases for inner in (".", "data")]:
-        if (folder / "metadata.json").is_file():
-            cfg.fallback_dataset_id = ""
-            return folder
-    if cfg.download and re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", name) and not stored.exists():
+    files = [base / inner / "metadata.json" for base in bases for inner in (".", "data")]
+    absent = cfg.download and not stored.exists() and not any(file.is_file() for file in files)
+    if absent and re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", name):
         try:
             minari.download_dataset(name)
-            cfg.download = False  # once is enough
-            return find_dataset(cfg)
         except Exception as error:  # every remote of Minari's has errors of its own
             shutil.rmtree(stored, ignore_errors=True)  # half a dataset would pass for one
             print(f"{name} does not come from Minari's hub: {error!r:.200}", file=sys.stderr)
+    for file in filter(Path.is_file, files):
+        return file.parent
     mend = f"check its name and Minari's store {minari.storage.get_dataset_path()}"
     if name.startswith("D4RL/"):
         mend = f"python datasets/d4rl.py {name[5:].replace('/', '-')}"
@@ -588,18 +576,18 @@ def load_dataset(cfg) -> tuple:
     check(box, f"{about} has actions {space}, not a bounded Box with one axis")
     check(episodes, f"{about} has no episodes")
     digest = hashlib.sha256(np.array(lengths, "<i8").tobytes())
+    inner = {"obs": episodes[0]["obs"].shape[1:2], "action": space.shape}
     for name, (i, episode) in itertools.product(names, enumerate(episodes)):
         values, steps = episode[name], lengths[i]
-        inner = {"obs": episodes[0]["obs"].shape[1:2], "action": space.shape}.get(name, ())
-        where = f"{about}, episode {i} (datasets/doctor.py says more): {name}"
-        right = steps and values.shape == (steps + (name == "obs"), *inner)
-        check(right, f"{where} of shape {values.shape} beside {steps} rewards")
-        check(np.isfinite(values).all(), f"{where} is NaN or infinite")
-        if name == "action":
+        right = steps and values.shape == (steps + (name == "obs"), *inner.get(name, ()))
+        right = right and np.isfinite(values).all()
+        if right and name == "action":
             episode[name] = values.clip(space.low, space.high).astype(np.float32)
-            check(np.abs(values - episode[name]).max() <= 1e-5, f"{where} is outside of its space")
-        ends = name in ("terminated", "truncated") and values[:-1].any()
-        check(not ends, f"{where} before the last step")
+            right = np.abs(values - episode[name]).max() <= 1e-5  # rounding
+        if name in ("terminated", "truncated"):
+            right = right and not values[:-1].any()
+        fault = "has a wrong shape, NaN, an action out of bounds or an end before the last step"
+        check(right, f"{about}, episode {i}: {name} {fault}; datasets/doctor.py says more")
         digest.update(values.astype("<f4", copy=False).tobytes())
     return episodes, space, {**source.storage.metadata, "fingerprint": digest.hexdigest()[:16]}
 
@@ -613,8 +601,8 @@ def measure(episodes: list, space: gym.spaces.Box, cfg) -> dict:
     returns = [episode["reward"].sum(dtype=np.float64) for episode in episodes]
     worst, best = min(returns), max(returns)
     print(f"{len(obs):,} transitions, {len(returns):,} episodes, return {worst:.1f} to {best:.1f}")
-    equal = "reward_by_return_range: all returns are equal: set it to false"
-    check(worst < best or not cfg.reward_by_return_range, equal)
+    equal = worst == best and cfg.reward_by_return_range
+    check(not equal, "reward_by_return_range: all returns are equal: set it to false")
     low, high = space.low.astype(np.float32), space.high.astype(np.float32)
     values = (mean, std, (high + low) / 2, (high - low) / 2, (worst, best))
     return dict(zip(Agent.units, values, strict=True))
@@ -660,12 +648,6 @@ def env_step(env: gym.Env, action=None, seed: Optional[int] = None) -> tuple:
     return obs, reward, *ends
 
 
-def score(value: float, references: tuple) -> Optional[float]:
-    """100 (return - ref_min) / (ref_max - ref_min), or None where these are not known."""
-    low, high = references
-    return None if None in references else 100 * (value - low) / (high - low)
-
-
 # <<< shared: data
 
 
@@ -678,6 +660,7 @@ def evaluate(agent: nn.Module, spec, references: tuple, episodes: int) -> list:
     """
     cfg, rows, targets = agent.cfg, [], [float(target) for target in agent.targets()]
     width, device = max(1, min(16, 64 // (cfg.num_seeds * len(targets)))), agent.obs_mean.device
+    low, high = references
     for first in range(0, episodes, width):
         played = list(itertools.product(targets, range(first, min(first + width, episodes))))
         asked, shape = np.array(played)[:, 0], (cfg.num_seeds, len(played))
@@ -699,7 +682,8 @@ def evaluate(agent: nn.Module, spec, references: tuple, episodes: int) -> list:
         for i, j in np.ndindex(shape):
             (target, episode), (value, length) = played[j], totals[i, j].tolist()
             row = {"seed": cfg.seeds[i], "target": target, "episode": episode, "return": value}
-            rows.append({**row, "length": int(length), "score": score(value, references)})
+            score = None if None in references else 100 * (value - low) / (high - low)
+            rows.append({**row, "length": int(length), "score": score})
     return sorted(rows, key=lambda row: (row["seed"], targets.index(row["target"]), row["episode"]))
 
 
@@ -718,55 +702,48 @@ def seed_means(rows: list) -> list:
 
 
 # >>> shared: run
-MAY_CHANGE = ("download", "wandb", "wandb_project")  # in a run that is gone on with
-
-
 class Run:
     """A run: its folder, which one process owns, and where its training stands."""
 
     def __init__(self, cfg, algorithm: str):
-        """Look at the folder: finished, to go on with, or new; refuse another run's."""
+        """Look at the folder: finished, to go on with, or new; another run's is refused."""
         self.cfg, label = cfg, cfg.label or algorithm
         self.about = {"script": SCRIPT.stem, "algorithm": algorithm, "label": label}
-        self.about["checkpoint"] = cfg.checkpoint or None
-        self.step, self.seconds, self.window, self.stopped = 0, 0.0, {}, False
+        self.step, self.seconds, self.window, self.online, self.wandb = 0, 0.0, {}, None, None
+        self.stopped = self.playing = False
         slug = [re.sub(r"[^a-z0-9.]+", "-", x.lower()).strip("-.") for x in (label, cfg.dataset_id)]
         stamp = f"{datetime.now():%Y%m%d-%H%M%S.%f}-s{cfg.seed}x{cfg.num_seeds}"
         self.folder = Path(cfg.run_dir or Path("runs", *slug, stamp))
         apart = ("run_dir", "resume", "checkpoint")
         self.config = {k: v for k, v in pyrallis.encode(cfg).items() if k not in apart}
         there = {path.name for path in self.folder.glob("*")}
-        theirs = read_yaml(self.folder / "config.yaml") if "config.yaml" in there else self.config
-        for name in [k for k, v in self.config.items() if theirs.get(k) != v]:
+        known, self.finished = "config.yaml" in there, "result.json" in there
+        theirs = read_yaml(self.folder / "config.yaml") if known else self.config
+        for name in self.config.keys() - {"download", "wandb", "wandb_project"}:
             what = f"{name} is {theirs.get(name)!r} there, not {self.config[name]!r}"
-            check(name in MAY_CHANGE, f"run_dir {self.folder} holds another run: {what}")
+            same = theirs.get(name) == self.config[name]
+            check(same, f"run_dir {self.folder} holds another run: {what}")
         check(cfg.run_dir or not cfg.resume, "resume: name the run to go on with: --run_dir PATH")
-        self.finished = "result.json" in there
-        what = f"run_dir {self.folder} is in use: add --resume true, or name another"
         logged = any(path.stat().st_size for path in self.folder.glob("*.jsonl"))
-        new = not there or (cfg.resume and ("config.yaml" in there or not logged))
-        check(self.finished or new, what)
+        right = not there or self.finished or (cfg.resume and (known or not logged))
+        check(right, f"run_dir {self.folder} is in use: add --resume true, or name another")
         self.saved = read_checkpoint(self.folder) if "checkpoint.pt" in there else None
 
-    def open(self, about: dict) -> None:
+    def open(self) -> None:
         """Take the folder, with the logs cut back to the checkpoint."""
         self.folder.mkdir(parents=True, exist_ok=bool(self.cfg.run_dir))
         self.logs = {n: open(self.folder / f"{n}.jsonl", "ab") for n in ("metrics", "episodes")}
         with explained(f"run_dir {self.folder}: another process trains there"):
             fcntl.flock(self.logs["metrics"], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        same = not self.saved or self.saved["about"]["fingerprint"] == about["fingerprint"]
-        check(same, f"{self.cfg.dataset_id} is not the data that {self.folder} began with")
         for name, file in self.logs.items():
             file.truncate(self.saved["sizes"][name] if self.saved else 0)
         if self.saved:
             self.about, self.seconds = self.saved["about"], self.saved["seconds"]
             device, window = self.agent.obs_mean.device, self.saved["window"]
-            self.window = {k: list(v.to(device).unbind()) for k, v in window.items()}
+            self.window = {name: list(values.to(device)) for name, values in window.items()}
         else:
-            self.about |= about
             self.write("config.yaml", yaml.safe_dump(self.config, sort_keys=False).encode())
             self.write("environment.json", json.dumps(self.about, indent=1).encode())
-        self.wandb = None
         if self.cfg.wandb != "disabled":
             with explained("wandb does not start, use offline or disabled"):
                 import wandb
@@ -795,89 +772,103 @@ class Run:
                 self.wandb.log(values, step=self.step)
         self.logs[name].flush()
 
+    def means(self) -> list:
+        """Of each seed, its metrics since the last log row, which must be finite."""
+        rows = [{"seed": seed} for seed in self.cfg.seeds]
+        for name, values in self.window.items():
+            for row, value in zip(rows, torch.stack(values).double().mean(0).tolist(), strict=True):
+                self.check_finite(torch.tensor(value), f"{name} of seed {row['seed']}")
+                row[f"train/{name}"] = value
+        return rows
+
+    def check_finite(self, values: Tensor, name: str) -> None:
+        keeps = f"{self.folder} keeps the last good checkpoint"
+        check(values.isfinite().all(), f"{name} not finite by update {self.step}; {keeps}")
+
     def save(self) -> None:
         """Write the checkpoint, behind the logs that it counts on."""
         content = {"agent": self.agent.state_dict(), "step": self.step, "seconds": self.seconds}
-        content["window"] = {name: torch.stack(values) for name, values in self.window.items()}
-        for (i, seed), name in itertools.product(enumerate(self.cfg.seeds), content["window"]):
-            self.check_finite({f"{name} of seed {seed}": content["window"][name][:, i]})
-        self.check_finite(content["agent"])
+        self.means()  # whose check names metric and seed
+        for name, values in content["agent"].items():
+            self.check_finite(values, name)
         for file in self.logs.values():
             os.fsync(file.fileno())
         content["sizes"] = {name: file.tell() for name, file in self.logs.items()}
+        content["window"] = {name: torch.stack(values) for name, values in self.window.items()}
         content |= {"config": self.config, "about": self.about}
         content["online"] = self.online.state() if self.online else None
         buffer = io.BytesIO()  # torch's own writer hides why a disk refuses
         torch.save(content, buffer)
         self.write("checkpoint.pt", buffer.getvalue())
 
-    def check_finite(self, values: dict) -> None:
-        bad = [name for name, x in values.items() if not torch.as_tensor(x).isfinite().all()]
-        keeps = f"{self.folder} keeps the last good checkpoint"
-        check(not bad, f"{', '.join(bad)} not finite by update {self.step}; {keeps}")
-
     def update(self) -> None:
         """One update of all members; its metrics stay on the device."""
-        metrics = self.compiled(*next(self.batches), *self.agent.variant(self.step))
+        arguments = (*next(self.batches), *self.agent.variant(self.step))
+        try:
+            metrics = self.graph(*arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:  # raised before the graph runs
+            print(f"compile: the update fails ({type(error).__name__}), going on without")
+            self.graph = self.agent.update
+            metrics = self.graph(*arguments)
         self.step += 1
-        for name, value in metrics.items():
+        for name, value in metrics.items():  # a CUDA graph writes into the same memory each time
+            value = value.clone() if self.cfg.compile == "graphs" else value
             self.window.setdefault(name, []).append(value)
 
-    def log_metrics(self, seconds: float, updates: int) -> None:
+    def log_metrics(self) -> None:
         """Write the means since the last log row."""
-        means = {k: torch.stack(v).double().mean(0).tolist() for k, v in self.window.items()}
-        self.seconds, rows = self.seconds + seconds, []
-        for i, seed in enumerate(self.cfg.seeds):
-            row = {f"train/{name}": values[i] for name, values in means.items()}
-            self.check_finite({f"{name} of seed {seed}": value for name, value in row.items()})
+        rows, seconds = self.means(), time.perf_counter() - self.mark
+        for i, row in enumerate(rows):
             row |= self.online.metrics(i) if self.online else {}
-            rows.append({"seed": seed, **row, "time/updates_per_second": updates / seconds})
+            row["time/updates_per_second"] = (self.step - self.logged) / seconds
         self.log("metrics", rows)
-        self.window = {}
+        self.window, self.seconds = {}, self.seconds + seconds
+        self.mark, self.logged = time.perf_counter(), self.step
 
     def evaluate(self, episodes: int, final: bool = False) -> list:
         """Evaluate all members, log every episode; the means of each seed."""
-        began = time.perf_counter()
+        began, self.playing = time.perf_counter(), True
         rows = evaluate(self.agent, self.spec, self.references, episodes) if self.spec else []
+        self.playing, seconds = False, time.perf_counter() - began
+        self.mark += seconds  # the clock of the updates stood still
         self.log("episodes", [{"final": final, **row} for row in rows])
-        extra = {"final": final, "time/evaluation_seconds": time.perf_counter() - began}
+        extra = {"final": final, "time/evaluation_seconds": seconds}
         means = [{**row, **extra} for row in seed_means(rows)]
         self.log("metrics", means)
         return means
 
-    def due(self, every: int) -> bool:
-        """Whether the update, or online step, is one of every so many or its phase's last."""
-        number, last = self.step, self.cfg.num_updates
-        if self.online and self.online.steps:
-            number, last = self.online.steps, self.cfg.online_steps
-        return number > 0 and (number % every == 0 or number == last)
+    def stop(self, now: bool) -> None:
+        """What a signal asks for: to end, between two updates or amid an evaluation."""
+        self.stopped = True
+        if now:
+            mend = f"python {sys.argv[0]} --run_dir {self.folder} --resume true"
+            raise KeyboardInterrupt(f"stopped at update {self.step}; to go on: {mend}")
 
-    def loop(self, last: int) -> None:
-        """Evaluate, update, log, save; ends between two updates once it is `stopped`."""
-        cfg, mark, since = self.cfg, time.perf_counter(), self.step
+    def loop(self) -> None:
+        """Evaluate, play, update, log, save."""
+        cfg, self.mark, self.logged = self.cfg, time.perf_counter(), self.step
+        last = cfg.num_updates + (cfg.online_steps * cfg.updates_per_step if self.online else 0)
         plain = "{n_fmt}/{total_fmt} updates, {rate_fmt}, {remaining} left\n"  # for no terminal
         style = {"mininterval": 30, "bar_format": plain, "file": sys.stdout}
         style = {} if sys.stderr.isatty() else style
-        with tqdm(total=last, initial=self.step, unit=" updates", **style) as bar:
-            while self.step < last:
-                online = self.step >= cfg.num_updates
-                if self.due(cfg.eval_every):
-                    began = time.perf_counter()
-                    self.evaluate(cfg.eval_episodes)
-                    mark += time.perf_counter() - began
-                if online:
-                    self.online.play()
-                for _ in range(cfg.updates_per_step if online else 1):
-                    self.update()
-                    bar.update()
-                if self.due(cfg.log_every):
-                    self.log_metrics(time.perf_counter() - mark, self.step - since)
-                    mark, since = time.perf_counter(), self.step
-                if self.due(cfg.checkpoint_every):
-                    self.save()
-                if self.stopped:
-                    mend = f"python {sys.argv[0]} --run_dir {self.folder} --resume true"
-                    raise KeyboardInterrupt(f"stopped at update {self.step}; to go on: {mend}")
+        style |= {"initial": self.step, "total": last, "unit": " updates"}
+
+        def due(every: int) -> bool:
+            return self.step % every == 0 or self.step in (cfg.num_updates, last)
+
+        for _ in tqdm(range(self.step, last), **style):
+            if self.step and due(cfg.eval_every):
+                self.evaluate(cfg.eval_episodes)
+            past = self.step - cfg.num_updates
+            if past >= 0 and past % cfg.updates_per_step == 0:
+                self.online.play()
+            self.update()
+            if due(cfg.log_every):
+                self.log_metrics()
+            if due(cfg.checkpoint_every):
+                self.save()
+            if self.stopped:
+                self.stop(now=True)
 
 
 def read_checkpoint(path) -> dict:
@@ -895,11 +886,11 @@ def batches(agent: nn.Module, table: dict, first: int, online=None):
     Each member draws from generators of its own, the numbers for some 32 updates at once.
     """
     cfg, device, drawn = agent.cfg, agent.obs_mean.device, {}
-    kinds = {"rows": ("whole", (cfg.batch_size,)), **agent.noise_shapes()}
+    kinds = {"rows": ("whole", (cfg.batch_size,)), **agent.noise_shapes}
     length = max(1, min(32, 2**24 // sum(math.prod(shape) for _, shape in kinds.values())))
     for number in itertools.count(first):
         chunk, offset = divmod(number, length)
-        for name, (kind, shape) in kinds.items() if offset == 0 or number == first else ():
+        for name, (kind, shape) in kinds.items() if offset == 0 or not drawn else ():
             own = [generator(seed, name, chunk, device) for seed in cfg.seeds]
             drawn[name] = torch.stack([random_numbers(kind, (length, *shape), g) for g in own])
         noise = {name: values[:, offset] for name, values in drawn.items()}
@@ -909,7 +900,7 @@ def batches(agent: nn.Module, table: dict, first: int, online=None):
 
 
 def random_numbers(kind, size: tuple, g: torch.Generator) -> Tensor:
-    """Numbers of a kind that Agent.noise_shapes names, or whole ones that choose rows."""
+    """Numbers "normal" or "uniform", "whole" ones, or booleans that are True with chance `kind`."""
     how = {"generator": g, "device": g.device}
     if kind in ("normal", "uniform"):
         return (torch.randn if kind == "normal" else torch.rand)(size, **how)
@@ -921,30 +912,14 @@ def random_numbers(kind, size: tuple, g: torch.Generator) -> Tensor:
 
 
 def compiled(update, cfg, device: torch.device):
-    """`update` as one graph for each variant: half a minute, for a third less time from then on.
-
-    `graphs`: CUDA launches all kernels at once, into the same memory, hence the copies.
-    """
+    """`update`, as one graph in long runs: half a minute, for a third less time from then on."""
     graphs, enough = cfg.compile == "graphs", 5_000 if device.type == "cuda" else 20_000
     check(device.type == "cuda" or not graphs, "compile: graphs are for cuda: use true")
     wanted = cfg.num_updates >= enough if cfg.compile == "auto" else cfg.compile != "false"
     print(f"compile: {'on' if wanted else 'off'} (auto is on from {enough:,} updates)")
     torch._dynamo.config.trace_autograd_ops = True  # gradients are part of the graph
-    mode = "reduce-overhead" if graphs else None
-    graph = torch.compile(update, fullgraph=True, mode=mode) if wanted else update
-    failures = torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit
-
-    def compiled_update(*args):
-        nonlocal graph
-        try:
-            torch.compiler.cudagraph_mark_step_begin()  # of no effect without graphs
-            return {k: v.clone() if graphs else v for k, v in graph(*args).items()}
-        except failures as error:  # raised before the graph runs
-            print(f"compile: the update fails ({type(error).__name__}), going on without")
-            graph = update
-            return update(*args)
-
-    return compiled_update
+    mode = "reduce-overhead" if graphs else None  # CUDA launches all kernels at once
+    return torch.compile(update, fullgraph=True, mode=mode) if wanted else update
 
 
 def describe(metadata: dict, spec, device: torch.device) -> dict:
@@ -963,11 +938,9 @@ def describe(metadata: dict, spec, device: torch.device) -> dict:
 
 def build(run: Run, agent_class, online_class) -> None:
     """All that a run needs; its folder comes last, when nothing is wrong."""
-    cfg, device = run.cfg, "cuda" if torch.cuda.is_available() else "cpu"
-    with explained(f"device {cfg.device} is not to be had here, use auto, cpu or cuda"):
-        device = torch.device(device if cfg.device == "auto" else cfg.device)
-        check(device.type in ("cpu", "cuda"), f"device {device}: use auto, cpu or cuda")
-        device = torch.empty(0, device=device).device
+    cfg, cuda = run.cfg, torch.cuda.is_available()
+    check(cuda or cfg.device != "cuda", "device: there is no cuda here, use auto or cpu")
+    device = torch.device("cuda" if cuda and cfg.device != "cpu" else "cpu")
     episodes, space, metadata = load_dataset(cfg)
     episodes = agent_class.select(episodes, cfg)
     run.agent = agent = agent_class(cfg, measure(episodes, space, cfg)).to(device)
@@ -976,21 +949,22 @@ def build(run: Run, agent_class, online_class) -> None:
     if saved:
         with explained("the checkpoint is not of this script or data"):
             agent.load_state_dict(saved["agent"])
-        run.step = saved["step"]
+            run.step, first = saved["step"], saved["config"]["seed"]
+            same = saved["about"]["fingerprint"] == metadata["fingerprint"] or not run.saved
+        check(same, f"{cfg.dataset_id} is not the data that {run.folder} began with")
         past = run.step > cfg.num_updates and not run.saved
         check(not past, f"checkpoint: it stands at update {run.step}, past num_updates")
-        first = saved["config"]["seed"]
         check(first == cfg.seed, f"checkpoint: its first seed is {first}: give --seed {first}")
     rows = [agent.rows(episode) for episode in episodes]
     table = {name: torch.cat([each[name] for each in rows]) for name in rows[0]}
     check(len(table["obs"]), f"dataset {cfg.dataset_id} has no step to learn from")
-    run.online = None
     if online_class and cfg.online_steps:
         check(run.spec, "online_steps: there is nothing to play: set env_id")
         run.online = online_class(agent, run.spec, table, run.saved)
     run.batches = batches(agent, table, run.step, run.online)
-    run.compiled = compiled(agent.update, cfg, device)
-    run.open(describe(metadata, run.spec, device))
+    run.graph = compiled(agent.update, cfg, device)
+    run.about |= describe(metadata, run.spec, device)
+    run.open()
     if saved and not run.saved:
         run.save()  # so that a resume begins with it
 
@@ -1002,10 +976,9 @@ def train(agent_class, cfg, online_class=None) -> None:
     if not run.finished:
         build(run, agent_class, online_class)
         numbers = (signal.SIGINT, signal.SIGTERM)
-        old = [signal.signal(n, lambda *_: setattr(run, "stopped", True)) for n in numbers]
+        old = [signal.signal(n, lambda *_: run.stop(run.playing)) for n in numbers]
         try:
-            online = cfg.online_steps * cfg.updates_per_step if run.online else 0
-            run.loop(cfg.num_updates + online)
+            run.loop()
             last = run.evaluate(cfg.final_eval_episodes, final=True)
         except (RunError, KeyboardInterrupt):  # an environment failed, or a signal came
             with contextlib.suppress(RunError):  # NaN is not saved
@@ -1053,6 +1026,7 @@ def parse(config_class, argv=None):
     """
     argv, given = sys.argv[1:] if argv is None else argv, {}
     if {"-h", "--help"} & set(argv):
+        inspect.getsource = functools.cache(inspect.getsource)  # pyrallis asks for each field
         pyrallis.argparsing.ArgumentParser(config_class).parse_args(["--help"])
     words = [part for x in argv for part in (x.split("=", 1) if x[:2] == "--" else [x])]
     for flag, value in itertools.zip_longest(words[::2], words[1::2], fillvalue="--"):

@@ -128,13 +128,14 @@ class Training:
 def host_seconds(training: Training) -> float:
     """What the loop takes for each update besides the agent's own work, a log row included."""
     run, count = training.run, training.run.cfg.log_every
-    update, metrics = run.compiled, dict.fromkeys(("loss", "q"), torch.zeros(training.members))
-    run.compiled, run.window = lambda *_: metrics, {}
+    update, metrics = run.graph, dict.fromkeys(("loss", "q"), torch.zeros(training.members))
+    run.graph, run.window = lambda *_: metrics, {}
+    run.mark, run.logged = time.perf_counter(), run.step
     began = time.perf_counter()
     for _ in range(count):
         run.update()
-    run.log_metrics(1.0, count)
-    seconds, run.compiled = time.perf_counter() - began, update
+    run.log_metrics()
+    seconds, run.graph = time.perf_counter() - began, update
     return seconds / count
 
 
@@ -162,7 +163,7 @@ def online_share(name: str, args, folder: Path):
         for _ in range(run.cfg.updates_per_step):
             training.update()
 
-    run.compiled, run.agent.explore = timed(run.compiled), timed(run.agent.explore)
+    run.graph, run.agent.explore = timed(run.graph), timed(run.agent.explore)
     for env in run.online.envs:
         env.step, env.reset = timed(env.step), timed(env.reset)
     advance()

@@ -14,12 +14,12 @@ from conftest import REPOSITORY, SCRIPTS
 FRAME = "# ---- frame: the same in every script ----"
 # Lines of a script, and of the shared blocks that a script with an online phase has.
 # What they hold today, and no more; the aim is 640 for bc.py and 820 for iql.py.
-TOTALS = {"bc": 905, "bcq": 1015, "brac": 1065, "td3_bc": 1060, "awac": 1090, "rebrac": 1115}
-TOTALS |= {"iql": 1110, "dt": 1095, "cql": 1165, "cal_ql": 1170}
+TOTALS = {"bc": 875, "bcq": 985, "brac": 1040, "td3_bc": 1030, "awac": 1065, "rebrac": 1090}
+TOTALS |= {"iql": 1075, "dt": 1065, "cql": 1135, "cal_ql": 1145}
 BLOCKS = ["config", "online_config", "networks", "layer_norm", "squashed_policy"]
 BLOCKS += ["data", "evaluation", "run", "online"]
 OPTIONAL = ["online_config", "layer_norm", "squashed_policy", "online"]
-SHARED_LINES = 880  # without layer_norm and squashed_policy; the aim is 580
+SHARED_LINES = 856  # without layer_norm and squashed_policy; the aim is 580
 MEND = "edit one script, then run: python tests/sync_blocks.py algorithms/<that script>.py"
 
 GLOSSARY = set(

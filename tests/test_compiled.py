@@ -1,5 +1,8 @@
 """A compiled update in a run: steps of Adam, schedules, resume, going online, CUDA graphs."""
 
+import itertools
+import types
+
 import pytest
 import torch
 from conftest import load_script, words
@@ -40,8 +43,9 @@ def test_a_step_is_torch_optims(iql, kind, scheduled):
     torch.manual_seed(0)
     theirs = [torch.nn.Parameter(torch.randn(3, 1 + i, 5)) for i in range(3)]
     optimizer = optimizer_class(theirs, lr=0.1, weight_decay=decay, fused=False)
+    options = {"weight_decay": decay, "decoupled_weight_decay": decoupled}
     adams = [
-        iql.Adam([torch.nn.Parameter(p.detach().clone()) for p in theirs], 0.1, decay, decoupled)
+        iql.Adam([torch.nn.Parameter(p.detach().clone()) for p in theirs], 0.1, **options)
         for _ in range(2)
     ]
     steps = [adams[0].step, torch.compile(adams[1].step, fullgraph=True)]
@@ -139,16 +143,19 @@ def test_auto_says_what_it_chose(iql, monkeypatch, capsys, device, enough):
 
 def test_metrics_outlive_the_next_replay(iql, monkeypatch):
     """A CUDA graph writes into the same memory each time."""
-    memory, asked = {"loss": torch.zeros(2)}, {}
+    memory, asked, numbers = {"loss": torch.zeros(2)}, {}, iter(range(3))
 
-    def update(step):
-        memory["loss"].fill_(step)
+    def update(batch, noise):  # noqa: ARG001
+        memory["loss"].fill_(next(numbers))
         return memory
 
     monkeypatch.setattr(torch, "compile", lambda f, **kw: asked.update(kw) or f)
-    replay = iql.compiled(update, iql.TrainConfig(compile="graphs"), CUDA)
-    found = [replay(step) for step in range(3)]
-    assert [each["loss"].tolist() for each in found] == [[0, 0], [1, 1], [2, 2]]
+    run = iql.Run(iql.TrainConfig(dataset_id="any", compile="graphs"), "IQL")
+    run.graph, run.batches = iql.compiled(update, run.cfg, CUDA), itertools.repeat(({}, {}))
+    run.agent = types.SimpleNamespace(variant=lambda _: ())
+    for _ in range(3):
+        run.update()
+    assert [each.tolist() for each in run.window["loss"]] == [[0, 0], [1, 1], [2, 2]]
     assert asked == {"fullgraph": True, "mode": "reduce-overhead"}
 
 

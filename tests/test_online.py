@@ -25,7 +25,7 @@ from test_runs import (
 ONLINE = [name for name in SCRIPTS if hasattr(load_script(name), "Online")]
 WHOLE_EPISODES = ["cal_ql", "rebrac"]
 SEEDS = (5, 6)
-# Of the environment steps 18 lies amid a log interval, a chunk of 32 updates and an episode.
+# Update 45 lies amid environment step 18, a log interval, a chunk of 32 updates and an episode.
 SETTINGS = {
     "env_id": "OnlineToy-v0",
     "ref_min_score": -8,
@@ -35,7 +35,7 @@ SETTINGS = {
     "updates_per_step": 2,
     "log_every": 7,
     "eval_every": 13,
-    "checkpoint_every": 6,
+    "checkpoint_every": 9,
     "num_seeds": 2,
     "seed": 5,
     "normalize_obs": "true",
@@ -277,7 +277,7 @@ def test_alone_or_together(script, made):
 # ---- resume: to the bit where no episode was running
 
 
-@pytest.mark.parametrize("number, step", [(9, 6), (11, 10)])
+@pytest.mark.parametrize("number, step", [(10, 9), (11, 10)])
 def test_resume_before_the_first_online_step(script, whole, monkeypatch, number, step):
     crash_at(monkeypatch, script, line(script), number)
     assert saved("run")["step"] == step
@@ -301,9 +301,9 @@ def places(folder) -> list:
 
 def test_resume_amid_the_phase(script, whole, made, monkeypatch):
     """Buffers, numbers of episodes and logs go on; the episodes that were running begin anew."""
-    crash_at(monkeypatch, script, line(script), 56)  # between the two updates of step 23
+    crash_at(monkeypatch, script, line(script), 53)
     before, state = saved("run"), saved("run")["online"]
-    assert (before["step"], state["steps"]) == (46, 18)
+    assert (before["step"], state["steps"]) == (45, 18)  # between the two updates of a step
     first = [episodes_of(seed)[:number] for seed, number in zip(SEEDS, state["begun"], strict=True)]
     for episodes in first:  # a part of the last one was played behind the checkpoint
         del episodes[-1][18 - sum(map(len, episodes[:-1])) :]
@@ -319,15 +319,15 @@ def test_resume_amid_the_phase(script, whole, made, monkeypatch):
 
 
 def test_a_signal(monkeypatch, capsys, whole_of):
-    """Ends between two steps of the environment, not between two updates of one."""
+    """Ends also between the two updates of an environment step, of which the second one follows."""
     script = load_script("rebrac")
     signals = lambda _, n: n == 55 and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
     with monkeypatch.context() as patch:
         before_update(patch, script, signals)
         assert script.main(line(script)) == 130
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "update 56;" in last and last.endswith("--run_dir run --resume true")
-    assert (saved("run")["step"], saved("run")["online"]["steps"]) == (56, 23)
+    assert "update 55;" in last and last.endswith("--run_dir run --resume true")
+    assert (saved("run")["step"], saved("run")["online"]["steps"]) == (55, 23)
     assert script.main(RESUME) == 0
     assert places("run") == places(whole_of(script))
 
@@ -414,14 +414,16 @@ def test_an_environment_that_fails(name, monkeypatch, capsys, kind, spoil):
 
 
 def test_rows_of_the_log(script):
-    """Means of the episodes that ended since the last row, if any did; evaluations by steps."""
+    """Means of the episodes that ended since the last row, if any did."""
     assert script.main(line(script)) == 0
     for seed in SEEDS:
         every = [row for row in rows("run/metrics.jsonl") if row["seed"] == seed]
         found = [(row["update"], row["environment_step"]) for row in every if "final" not in row]
-        assert found == [(7, 0), (10, 0), *((10 + 2 * s, s) for s in (7, 14, 21, 28, 35, 40))]
+        updates = (14, 21, 28, 35, 42, 49, 56, 63, 70, 77, 84, 90)
+        assert found == [(7, 0), (10, 0), *((u, math.ceil((u - 10) / 2)) for u in updates)]
         found = [(r["update"], r["environment_step"], r["final"]) for r in every if "final" in r]
-        assert found == [*((10 + 2 * s, s, False) for s in (0, 13, 26, 39)), (90, 40, True)]
+        updates = (10, 13, 26, 39, 52, 65, 78, 90)
+        assert found == [(u, math.ceil((u - 10) / 2), u == 90) for u in updates]
         episodes, last = list(filter(ended, episodes_of(seed))), 0
         ends = list(itertools.accumulate(map(len, episodes)))
         for row in every:

@@ -210,7 +210,10 @@ def test_iql_losses_and_gradients(case):
         for name in ("obs", "next_obs")
     )
     actor_loss, clipped = agent.actor_loss(
-        target_q - v, batch["obs"], batch["action"], agent.dropout_masks(noise)
+        target_q - v,
+        batch["obs"],
+        batch["action"],
+        noise["kept"] / (1 - agent.cfg.actor_dropout) if noise else None,
     )
     critic_loss, q = agent.critic_loss(batch, next_v)
     found = {

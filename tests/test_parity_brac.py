@@ -66,7 +66,7 @@ def make_brac(**settings):
 
 def make_noise(agent, seed: int) -> dict:
     g = torch.Generator().manual_seed(seed)
-    shapes = {name: shape for name, (_, shape) in agent.noise_shapes().items()}
+    shapes = {name: shape for name, (_, shape) in agent.noise_shapes.items()}
     return {k: torch.randn(SEEDS, *v, generator=g) for k, v in shapes.items()}
 
 
@@ -287,6 +287,7 @@ def test_kl_is_that_of_the_gaussians_before_the_tanh():
     """With many samples: the divergence in closed form, which the tanh does not change."""
     agent, (batch, _) = make_brac(batch_size=2), make_batch(9)
     agent.cfg.divergence_samples = 20_000
+    agent.noise_shapes = {"actor": ("normal", (20_001, 2, agent.act_dim))}
     obs, noise = batch["obs"][:, :2], make_noise(agent, 10)["actor"]
     found = agent.actor_terms(obs, noise)[2]
     for k, row in itertools.product(range(SEEDS), range(2)):

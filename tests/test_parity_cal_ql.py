@@ -324,7 +324,7 @@ def test_policy_and_critics_have_depths_of_their_own():
 
 
 def test_noise_is_drawn_where_it_is_used():
-    assert make_cal_ql().noise_shapes() == {
+    assert make_cal_ql().noise_shapes == {
         "policy": ("normal", (N, 2 * BATCH, ACT)),
         "uniform": ("uniform", (N, BATCH, ACT)),
         "actor": ("normal", (BATCH, ACT)),

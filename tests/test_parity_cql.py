@@ -325,7 +325,7 @@ def test_unseen_actions_are_pushed_below_those_of_the_data(regularizer):
             action = -0.8 + 0.4 * torch.rand(1, 16, 1, generator=g)
             batch = {"obs": torch.ones(1, 16, 1), "action": action, "reward": torch.ones(1, 16)}
             batch |= {"next_obs": batch["obs"], "terminated": torch.ones(1, 16)}
-            shapes = agent.noise_shapes().items()
+            shapes = agent.noise_shapes.items()
             noise = {k: samplers[kind](1, *shape, generator=g) for k, (kind, shape) in shapes}
             agent.update(batch, noise, *agent.variant(0))
         actions = torch.tensor([-0.6, 0.0, 0.4, 0.8]).reshape(1, 4, 1, 1)
@@ -386,9 +386,9 @@ def test_noise_is_drawn_where_it_is_used():
         "uniform": ("uniform", (N, BATCH, ACT)),
         "actor": ("normal", (BATCH, ACT)),
     }
-    assert make_cql().noise_shapes() == shapes
+    assert make_cql().noise_shapes == shapes
     del shapes["uniform"]
-    assert make_cql(regularizer="rho").noise_shapes() == shapes
+    assert make_cql(regularizer="rho").noise_shapes == shapes
 
 
 def test_defaults_are_the_authors():

@@ -187,13 +187,13 @@ def test_actions_loss_and_gradients(heads):
 @pytest.mark.usefixtures("float64")
 def test_without_dropout_no_noise():
     agent, (batch, _) = make_dt(dropout=0.0), make_windows(4)
-    assert agent.noise_shapes() == {}
+    assert agent.noise_shapes == {}
     same(agent.actor_loss(batch, {})[1], Plain(agent, 1).loss(batch, {}, 1))
 
 
 def test_noise_is_one_number_for_each_unit_and_mask():
     agent = make_dt()
-    (kind, shape) = agent.noise_shapes()["kept"]
+    (kind, shape) = agent.noise_shapes["kept"]
     assert kind == 1 - agent.cfg.dropout and shape == make_windows(0)[1]["kept"].shape[1:]
 
 

@@ -110,7 +110,7 @@ def read_noise(arrays: dict, agent, t: int) -> dict:
         noise = {"policy": policy, "uniform": uniform, "actor": noise["actor"]}
     if "encoder" in noise:  # BCQ: the candidates of a transition are neighbours
         noise["target"] = noise["target"].unflatten(0, (8, -1)).transpose(0, 1)
-    shapes = {name: tuple(shape) for name, (_, shape) in agent.noise_shapes().items()}
+    shapes = {name: tuple(shape) for name, (_, shape) in agent.noise_shapes.items()}
     assert {name: tuple(values.shape) for name, values in noise.items()} == shapes
     return {name: torch.stack([values, values]) for name, values in noise.items()}
 
