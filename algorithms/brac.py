@@ -44,6 +44,7 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
+import importlib
 import importlib.metadata
 import inspect
 import io
@@ -70,6 +71,7 @@ import numpy as np
 import pyrallis
 import torch
 import yaml
+from minari.dataset.minari_storage import MinariStorage
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.adam import adam
@@ -97,9 +99,10 @@ def explained(problem: str):
         raise RunError(f"{problem}: {type(error).__name__} {error!s:.300}") from None
 
 
-def setting(default, low=None, high=None, choices=()):
+def setting(default, low=-math.inf, high=math.inf, choices=()):
     """A config field with its range (ends included) or its choices."""
-    return field(default=default, metadata={"low": low, "high": high, "choices": choices})
+    limits = {"choices": choices} if choices else {"low": low, "high": high}
+    return field(default=default, metadata=limits)
 
 
 @dataclass
@@ -112,7 +115,8 @@ class RunConfig:
     env_id: str = "auto"  # where to evaluate: auto = the dataset's own, none, or a Gymnasium id
     env_kwargs: dict = field(default_factory=dict)  # arguments of the evaluation environment
     ref_min_score: Optional[float] = setting(None, -1e9, 1e9)  # return that scores 0
-    ref_max_score: Optional[float] = setting(None, -1e9, 1e9)  # and 100; null = the dataset's
+    ref_max_score: Optional[float] = setting(None, -1e9, 1e9)  # 100; null = as the dataset says
+    action_bounds: str = setting("space", choices=("space", "data"))  # data = its extremes
     normalize_obs: bool = False  # observations to mean 0, deviation 1
     reward_scale: float = setting(1.0, -1e6, 1e6)  # r <- reward_scale * r + reward_shift
     reward_shift: float = setting(0.0, -1e6, 1e6)  # added to every reward after the scale
@@ -123,6 +127,7 @@ class RunConfig:
     batch_size: int = setting(256, 1, 10**6)  # transitions per member and update
     eval_every: int = setting(5_000, 1, 10**10)  # updates between evaluations
     eval_episodes: int = setting(10, 0, 10_000)  # episodes per member and evaluation; 0 = none
+    max_envs: int = setting(64, 1, 10_000)  # environments at once in an evaluation
     final_eval_episodes: int = setting(100, 0, 10_000)  # episodes per member after the last update
     eval_seed: int = setting(10_000, 0, 2**31)  # episode i starts from eval_seed + i, for any seed
     log_every: int = setting(1_000, 1, 10**7)  # updates between log rows (means of the interval)
@@ -145,10 +150,11 @@ class RunConfig:
 def checked(spec: dataclasses.Field, raw):
     """A value of YAML, the command line or Python in its field's type and range."""
     kind, text = spec.type, str(raw).lower()
-    low, high, choices = (spec.metadata.get(name) for name in ("low", "high", "choices"))
+    low, high = spec.metadata.get("low", -math.inf), spec.metadata.get("high", math.inf)
+    choices = spec.metadata.get("choices")
     with contextlib.suppress(ValueError, TypeError, RecursionError, yaml.YAMLError):
         if kind is dict:
-            return {**(yaml.safe_load(raw) if isinstance(raw, str) else raw)}
+            return {**(yaml.load(raw, UniqueKeys) if isinstance(raw, str) else raw)}
         if kind is str and (text in choices if choices else isinstance(raw, str)):
             return text if choices else raw
         if kind is bool and text in ("true", "false"):
@@ -156,8 +162,9 @@ def checked(spec: dataclasses.Field, raw):
         if kind == Optional[float] and text in ("none", "null"):
             return None
         number = float(text)  # YAML 1.1 takes 1e6 for text
-        if low <= number <= high and (kind is not int or number.is_integer()):
-            return int(number) if kind is int else number
+        whole = kind is int and number.is_integer()
+        if low <= number <= high and (whole or kind in (float, Optional[float])):
+            return int(number) if whole else number
     kinds = {str: "text (in quotes)", bool: "true or false", dict: "a mapping {name: value}"}
     wanted = kinds.get(kind, f"a {'whole ' * (kind is int)}number from {low} to {high}")
     raise RunError(f"{spec.name}: {raw!r:.80} is not {f'one of {choices}' if choices else wanted}")
@@ -193,6 +200,7 @@ class TrainConfig(RunConfig):
 
 
 # >>> shared: networks
+# Shapes: S members (one a seed), E networks of an ensemble, B transitions, N environments, T steps.
 def generator(seed: int, stream: str, index: int = 0, device="cpu") -> torch.Generator:
     """A random generator for each (seed, stream, index), so that no generator state is kept."""
     words = np.random.SeedSequence([seed, zlib.crc32(stream.encode()), index]).generate_state(1)
@@ -213,9 +221,9 @@ class Linear(nn.Module):
             draws.append(nn.Parameter(torch.cat(each)))
         self.weight, self.bias = draws
 
-    def forward(self, x: Tensor, every: int = 1) -> Tensor:
-        """`every` = E runs only the first network of each member: [S, B, in_dim]."""
-        weight, bias = (p if every == 1 else p[::every] for p in (self.weight, self.bias))
+    def forward(self, x: Tensor, stride: int = 1) -> Tensor:
+        """`stride` = E runs only the first network of each member: [S, B, in_dim]."""
+        weight, bias = (p if stride == 1 else p[::stride] for p in (self.weight, self.bias))
         if weight.shape[-1] == 1:  # a matrix product is slow for a single column
             return (x * weight.mT).sum(-1, keepdim=True) + bias
         return torch.baddbmm(bias, x, weight)
@@ -240,14 +248,14 @@ class MLP(nn.Module):
 
         `first` runs only the first network of an ensemble: -> [S, B, out_dim].
         """
-        ensemble, every = (0, self.ensemble) if first else (self.ensemble, 1)
+        ensemble, stride = (0, self.ensemble) if first else (self.ensemble, 1)
         if ensemble:
             x = x.unsqueeze(1).expand(-1, ensemble, -1, -1).flatten(0, 1)
         for i, layer in enumerate(self.layers[:-1]):
-            x = F.relu_(layer(x, every))
-            x = self.norms[i](x, every) if self.norms else x
+            x = F.relu_(layer(x, stride))
+            x = self.norms[i](x, stride) if self.norms else x
             x = x if masks is None else x * masks[:, i]
-        x = self.layers[-1](x, every)
+        x = self.layers[-1](x, stride)
         return x.unflatten(0, (-1, ensemble)) if ensemble else x
 
 
@@ -276,7 +284,7 @@ class Adam(nn.Module):
         gradients = [g.contiguous() for g in gradients]  # the fused kernel ignores strides
         m, v = ([getattr(self, f"{name}{i}") for i in range(len(gradients))] for name in "mv")
         options = self.options if lr is None else {**self.options, "lr": lr}
-        fused = not torch.compiler.is_compiling()
+        fused = not torch.compiler.is_compiling()  # what is fused cannot be traced
         adam(self.params, gradients, m, v, [], [*self.steps.unbind()], fused=fused, **options)
 
 
@@ -287,14 +295,20 @@ def polyak(target: nn.Module, online: nn.Module, tau: float) -> None:
 
 
 class Agent(nn.Module):
-    """What the frame asks of an agent, besides `update(batch, noise)` and `act(obs)`."""
+    """What the frame asks of an agent, besides `update(batch, noise)` and `act(obs)`.
+
+    Its networks see normalised observations and actions within [-1, 1]; `units` lead there:
+    obs_mean, obs_std [obs_dim], action_center, action_half_range [act_dim], and the worst and best
+    return of the data [2].
+    """
 
     units = ("obs_mean", "obs_std", "action_center", "action_half_range", "return_range")
     whole_episodes = False  # whether online steps are learned from once their episode has ended
 
     def __init__(self, cfg, units: dict):
         super().__init__()
-        self.cfg, self.noise_shapes = cfg, {}  # of `update`: name -> (kind, shape for one member)
+        self.cfg = cfg
+        self.noise_shapes = {}  # random numbers of `update`: name -> (kind, shape for one member)
         for name in self.units:  # buffers, so that they are saved with the weights
             self.register_buffer(name, torch.as_tensor(units[name], dtype=torch.float32).clone())
         self.obs_dim, self.act_dim = len(self.obs_mean), len(self.action_center)
@@ -315,14 +329,18 @@ class Agent(nn.Module):
         """An action within [-1, 1] in the environment's units."""
         return self.action_center + self.action_half_range * action.clamp(-1, 1)
 
+    def unit_action(self, action: Tensor) -> Tensor:
+        """An action in the environment's units within [-1, 1]; 0 where it is a constant."""
+        return (action - self.action_center) / self.action_half_range.clamp(min=1e-30)
+
     def rows(self, episode: dict) -> dict:
         """An episode of T + 1 observations as T rows of the table that batches are drawn from."""
-        parts = {k: torch.as_tensor(v, device=self.obs_mean.device) for k, v in episode.items()}
+        like = {"device": self.obs_mean.device, "dtype": self.obs_mean.dtype}
+        parts = {name: torch.as_tensor(values, **like) for name, values in episode.items()}
         obs, scale = self.normalize(parts["obs"]), self.cfg.reward_scale
         if self.cfg.reward_by_return_range:
             scale = scale * 1000 / self.return_range.diff()
-        action = (parts["action"] - self.action_center) / self.action_half_range
-        rows = {"obs": obs[:-1], "action": action, "next_obs": obs[1:]}
+        rows = {"obs": obs[:-1], "action": self.unit_action(parts["action"]), "next_obs": obs[1:]}
         rows["reward"] = scale * parts["reward"] + self.cfg.reward_shift
         return {**rows, "terminated": parts["terminated"]}
 
@@ -501,13 +519,28 @@ class BRAC(Agent):
 # ---- frame: the same in every script ----
 # >>> shared: data
 SCRIPT = Path(__file__).resolve()
+NAMES = {"action": "actions", "obs": "observations", "reward": "rewards"}
+NAMES |= {"terminated": "terminations", "truncated": "truncations"}  # as Minari has them
+WRAPPERS = ("ClipAction", "ClipReward", "DtypeObservation", "FilterObservation", "TimeLimit")
+WRAPPERS += ("FlattenObservation", "FrameStackObservation", "RescaleAction", "RescaleObservation")
+WRAPPERS += ("ReshapeObservation", "TimeAwareObservation")  # that keep no statistics
 
 
-def flatten_obs(obs) -> np.ndarray:
-    """An array, or a (nested) dict of arrays joined in the sorted order of its keys, as float32."""
-    if isinstance(obs, dict):
-        return np.concatenate([flatten_obs(obs[key]) for key in sorted(obs)], -1)
-    return np.asarray(obs, np.float32)
+def flatten_obs(space: gym.Space, obs) -> np.ndarray:
+    """Observations [...] of a space as vectors [..., obs_dim]; keys of a Dict in sorted order."""
+    if isinstance(space, gym.spaces.Dict):
+        parts = [flatten_obs(space[key], obs[key]) for key in sorted(space)]
+        return np.concatenate(parts, -1)
+    if isinstance(space, gym.spaces.Tuple):
+        parts = [flatten_obs(*pair) for pair in zip(space, obs, strict=True)]
+        return np.concatenate(parts, -1)
+    if isinstance(space, gym.spaces.Discrete):
+        return 1.0 * (np.asarray(obs)[..., None] == space.start + np.arange(space.n))
+    image = space.dtype == np.uint8 and len(space.shape) > 1
+    vector = isinstance(space, (gym.spaces.Box, gym.spaces.MultiBinary)) and not image
+    check(vector, f"observations {space} are {'images' if image else 'not numbers'}, not vectors")
+    obs = np.asarray(obs)
+    return obs.reshape(*obs.shape[: obs.ndim - len(space.shape)], -1)
 
 
 def find_dataset(cfg) -> Path:
@@ -524,7 +557,7 @@ def find_dataset(cfg) -> Path:
             print(f"{name} does not come from Minari's hub: {error!r:.200}", file=sys.stderr)
     for file in filter(Path.is_file, files):
         return file.parent
-    mend = f"check its name and Minari's store {minari.storage.get_dataset_path()}"
+    mend = f"check its name (as in me/set-v0) and the store {minari.storage.get_dataset_path()}"
     if name.startswith("D4RL/"):
         mend = f"python datasets/d4rl.py {name[5:].replace('/', '-')}"
     check(cfg.fallback_dataset_id, f"dataset_id {name or '(not set)'} is not here: {mend}")
@@ -540,35 +573,58 @@ def find_dataset(cfg) -> Path:
 def load_dataset(cfg) -> tuple:
     """The episodes, the action space and the metadata of a Minari dataset, checked.
 
-    An episode is {obs [T + 1, obs_dim], action [T, act_dim], reward, terminated, truncated [T]}.
+    An episode is {obs [T + 1, obs_dim], action [T, act_dim], reward, terminated, truncated [T]};
+    what followed a last step may be unknown: its observation is NaN then.
     """
-    names = {"action": "actions", "obs": "observations", "reward": "rewards"}
-    names |= {"terminated": "terminations", "truncated": "truncations"}
     folder, about = find_dataset(cfg), f"dataset {cfg.dataset_id}"
     with explained(f"{about} cannot be read"):
-        source = minari.MinariDataset(folder)
-        stored = source.storage.get_episodes(range(source.total_episodes))
-        stored = tqdm(stored, "reading episodes", source.total_episodes, delay=5, disable=None)
-        episodes = [{k: flatten_obs(e[name]) for k, name in names.items()} for e in stored]
-    space, lengths = source.action_space, [len(episode["reward"]) for episode in episodes]
-    box = isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and space.is_bounded()
-    check(box, f"{about} has actions {space}, not a bounded Box with one axis")
+        metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+        spaces = {"observation_space", "action_space"} <= metadata.keys()
+        check(spaces, f"{about} cannot be read: it lacks its spaces")  # Minari would run its env
+        storage = MinariStorage.read(folder)
+        space, count = storage.action_space, storage.total_episodes
+        check(isinstance(space, gym.spaces.Box), f"{about} has actions {space}, not a Box")
+        stored = tqdm(storage.get_episodes(range(count)), "reading", count, delay=5, disable=None)
+        pairs = enumerate(stored)
+        episodes = [read_episode(each, storage, f"{about}, episode {i}") for i, each in pairs]
     check(episodes, f"{about} has no episodes")
+    if cfg.action_bounds == "data":
+        actions = np.concatenate([episode["action"] for episode in episodes])
+        space = gym.spaces.Box(actions.min(0), actions.max(0), dtype=space.dtype)
+    mend = "--action_bounds data takes the smallest and largest"
+    check(space.is_bounded(), f"{about} has actions {space} without bounds: {mend}")
+    lengths = [len(episode["reward"]) for episode in episodes]
     digest = hashlib.sha256(np.array(lengths, "<i8").tobytes())
-    inner = {"obs": episodes[0]["obs"].shape[1:2], "action": space.shape}
-    for name, (i, episode) in itertools.product(names, enumerate(episodes)):
-        values, steps = episode[name], lengths[i]
-        right = steps and values.shape == (steps + (name == "obs"), *inner.get(name, ()))
-        right = right and np.isfinite(values).all()
+    for name, episode in itertools.product(NAMES, episodes):
+        digest.update(episode[name].astype("<f4").tobytes())
+    more = {"fingerprint": digest.hexdigest()[:16], "longest_episode": max(lengths)}
+    return episodes, space, {**metadata, **more}
+
+
+def read_episode(stored: dict, storage, where: str) -> dict:
+    """An episode in the types that it is stored in."""
+    space, steps, episode = storage.action_space, len(stored["rewards"]), {}
+    low, high = space.low.reshape(-1), space.high.reshape(-1)
+    raw = {name: np.asarray(stored[key]) for name, key in NAMES.items() if name != "obs"}
+    raw["obs"] = flatten_obs(storage.observation_space, stored["observations"])
+    obs_dim = gym.spaces.flatdim(storage.observation_space)
+    shapes = {"obs": (steps + 1, obs_dim), "action": (steps, len(low))}
+    for name, values in raw.items():
+        shape = shapes.get(name, (steps,))  # one of (T, 1) is right, too
+        right = steps and len(values) == shape[0] and values.size == math.prod(shape)
+        if right:
+            values = episode[name] = values.reshape(shape)
+            unknown = name == "obs" and np.isnan(values[-1]).all()
+            right = (np.abs(values[:-1] if unknown else values) < 3e38).all()  # float32's range
         if right and name == "action":
-            episode[name] = values.clip(space.low, space.high).astype(np.float32)
-            right = np.abs(values - episode[name]).max() <= 1e-5  # rounding
-        if name in ("terminated", "truncated"):
-            right = right and not values[:-1].any()
-        fault = "has a wrong shape, NaN, an action out of bounds or an end before the last step"
-        check(right, f"{about}, episode {i}: {name} {fault}; datasets/doctor.py says more")
-        digest.update(values.astype("<f4", copy=False).tobytes())
-    return episodes, space, {**source.storage.metadata, "fingerprint": digest.hexdigest()[:16]}
+            slack = 1e-5 * np.maximum(1, np.abs(values))  # rounding
+            right = ((values >= low - slack) & (values <= high + slack)).all()
+            episode[name] = values.clip(low, high)
+        if right and name in ("terminated", "truncated"):
+            right = not values[:-1].any()
+        fault = "has a wrong shape, NaN, a value out of bounds or an end before the last step"
+        check(right, f"{where}: {name} {fault}; datasets/doctor.py says more")
+    return episode
 
 
 def measure(episodes: list, space: gym.spaces.Box, cfg) -> dict:
@@ -582,49 +638,92 @@ def measure(episodes: list, space: gym.spaces.Box, cfg) -> dict:
     print(f"{len(obs):,} transitions, {len(returns):,} episodes, return {worst:.1f} to {best:.1f}")
     equal = worst == best and cfg.reward_by_return_range
     check(not equal, "reward_by_return_range: all returns are equal: set it to false")
-    low, high = space.low.astype(np.float32), space.high.astype(np.float32)
+    least, most = (f([f(e["reward"]) for e in episodes]) for f in (min, max))
+    small = cfg.reward_by_return_range or abs(cfg.reward_scale) * max(-least, most) < 1e9
+    check(small, f"rewards from {least:g} to {most:g} are too large: set reward_scale")
+    low, high = space.low.reshape(-1).astype(float), space.high.reshape(-1).astype(float)
     values = (mean, std, (high + low) / 2, (high - low) / 2, (worst, best))
     return dict(zip(Agent.units, values, strict=True))
 
 
 def find_environment(cfg, metadata: dict, agent: nn.Module) -> tuple:
-    """The environment's spec, or None, and its reference returns; `auto` has the dataset's."""
+    """The environment's spec, or None, and its reference returns; `auto` has the dataset's.
+
+    A dataset names an environment, no code: its id is looked up among those that are registered.
+    """
     references, auto = (cfg.ref_min_score, cfg.ref_max_score), cfg.env_id == "auto"
     if cfg.env_id == "none":
         return None, references
-    if auto and None in references:
-        references = metadata.get("ref_min_score"), metadata.get("ref_max_score")
     stored = metadata.get("eval_env_spec") or metadata.get("env_spec")
     check(stored or not auto, "env_id: the dataset names no environment: set one, or none")
-    with explained(f"env_id {cfg.env_id} does not start, name another, or none"):
+    with explained(f"env_id {cfg.env_id} does not start, name another (module:Id-v0), or none"):
         with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
             import gymnasium_robotics  # noqa: F401, it registers its environments
-        if auto:  # Gymnasium's JSON, of a version that may have had other fields
-            kind, spec = gym.envs.registration.EnvSpec, json.loads(stored)
-            known = {k: v for k, v in spec.items() if k in kind.__dataclass_fields__}
-            spec = kind.from_json(json.dumps(known))
-        else:
-            spec = copy.deepcopy(gym.spec(cfg.env_id))
-        spec.kwargs = {**spec.kwargs, **cfg.env_kwargs}
-        limit = spec.kwargs.pop("max_episode_steps", spec.max_episode_steps)
-        spec.max_episode_steps = limit
-        env = gym.make(spec)
-        found = env_step(env, seed=0)[0].shape, env.action_space.shape
-    sizes = (agent.obs_dim,), (agent.act_dim,)
-    check(found == sizes, f"env_id {spec.id} has shapes {found}, the agent {sizes}")
+        module, _, env_id = cfg.env_id.rpartition(":")
+        if module:
+            importlib.import_module(module)  # the user's own word
+        named = json.loads(stored) if stored and (auto or module) else {}
+        named = named if auto or named.get("id") == env_id else {}  # of the dataset
+        if named:
+            own = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+            pairs = zip(references, own, strict=True)
+            references = tuple(theirs if ours is None else ours for ours, theirs in pairs)
+        spec = copy.deepcopy(gym.spec(named.get("id", env_id)))
+        spec.kwargs = {**spec.kwargs, **(named.get("kwargs") or {}), **cfg.env_kwargs}
+        spec.kwargs.pop("render_mode", None)
+        for wrapper in named.get("additional_wrappers") or ():
+            name, known = wrapper["name"], wrapper["name"] in WRAPPERS
+            check(known, f"env_id: the dataset's wrapper {name} is not one of {WRAPPERS}")
+            place = f"gymnasium.wrappers:{name}", wrapper["kwargs"] or {}
+            spec.additional_wrappers += (gym.envs.registration.WrapperSpec(name, *place),)
+        limit = named.get("max_episode_steps") or spec.max_episode_steps
+        spec.max_episode_steps = spec.kwargs.pop("max_episode_steps", limit)
+        if not spec.max_episode_steps:
+            spec.max_episode_steps = metadata["longest_episode"]
+            print(
+                f"{spec.id} has no time limit: {spec.max_episode_steps} steps, the data's longest"
+            )
+        try_environment(gym.make(spec), agent)
+    if None not in references and references[0] == references[1]:
+        print("WARNING: ref_min_score and ref_max_score are equal: there are no scores")
+        references = None, None
     return spec, references
+
+
+def try_environment(env: gym.Env, agent: nn.Module) -> None:
+    """Look at spaces and wrappers, reset and make a step, before the first update."""
+    box, middle = env.action_space, agent.action_center.cpu().numpy()
+    check(isinstance(box, gym.spaces.Box), f"{env.spec.id} has actions {box}, not a Box")
+    sizes, ours = (env_step(env, seed=0)[0].size, box.low.size), (agent.obs_dim, agent.act_dim)
+    check(sizes == ours, f"{env.spec.id} has {sizes} observations and actions, the data {ours}")
+    env_step(env, middle)
+    half, wrapper = agent.action_half_range.cpu().numpy(), env
+    ends = np.stack([middle - half, middle + half, box.low.ravel(), box.high.ravel()])
+    if not np.allclose(ends[:2], ends[2:], rtol=1e-3):
+        text = "WARNING: actions of the data lie in [{}, {}], those of the environment in [{}, {}]"
+        print(text.format(*ends))
+    while isinstance(wrapper, gym.Wrapper):
+        counts = type(wrapper).__name__ in ("NormalizeObservation", "NormalizeReward")
+        check(not counts, f"{env.spec.id}: {type(wrapper).__name__} has statistics that run on")
+        wrapper = wrapper.env
+    env.close()
 
 
 def env_step(env: gym.Env, action=None, seed: Optional[int] = None) -> tuple:
     """A step, or a reset with a seed: observation [obs_dim], reward, terminated, truncated."""
-    with explained("the environment fails"):
+    with explained(f"the environment {env.spec.id} fails"):
         if action is None:
             obs, reward, ends = env.reset(seed=seed)[0], 0.0, (False, False)
         else:
-            obs, reward, *ends, _ = env.step(action.astype(env.action_space.dtype))
-        obs, reward = flatten_obs(obs), float(reward)
-    check(np.isfinite([reward, *obs]).all(), "the environment fails: NaN or infinite numbers")
-    return obs, reward, *ends
+            space = env.action_space
+            action = np.asarray(action, np.float64).reshape(space.shape)
+            action = np.rint(action) if space.dtype.kind in "iu" else action
+            action = action.clip(space.low, space.high).astype(space.dtype)
+            obs, reward, *ends, _ = env.step(action)
+        obs, reward = flatten_obs(env.observation_space, obs), np.asarray(reward, float).item()
+    finite = np.isfinite([reward, *obs]).all()
+    check(finite, f"the environment {env.spec.id} fails: NaN or infinite numbers")
+    return obs.astype(np.float32), reward, *map(bool, ends)
 
 
 # <<< shared: data
@@ -632,19 +731,20 @@ def env_step(env: gym.Env, action=None, seed: Optional[int] = None) -> tuple:
 
 # >>> shared: evaluation
 def evaluate(agent: nn.Module, spec, references: tuple, episodes: int) -> list:
-    """Play `episodes` episodes with every member, at most 16 of each side by side.
+    """Play `episodes` episodes with every member, `max_envs` of them side by side.
 
     Episode i starts from `eval_seed` + i for every member and any training seed. A row an episode:
     seed, episode, return (undiscounted), length, score (None without reference returns).
     """
-    cfg, rows, width = agent.cfg, [], max(1, min(16, 64 // agent.cfg.num_seeds))
-    low, high = references
-    for first in range(0, episodes, width):
-        shape = cfg.num_seeds, min(width, episodes - first)
-        envs = {at: gym.make(spec) for at in np.ndindex(shape)}
+    cfg, rows, (low, high) = agent.cfg, [], references
+    tasks = list(itertools.product(range(episodes), range(cfg.num_seeds)))
+    for first in range(0, len(tasks), cfg.max_envs):
+        played = tasks[first : first + cfg.max_envs]
+        begin, shape = played[0][0], (cfg.num_seeds, played[-1][0] - played[0][0] + 1)
+        envs = {(i, number - begin): gym.make(spec) for number, i in played}
         obs, totals = np.zeros((*shape, agent.obs_dim)), np.zeros((*shape, 2))  # return, length
         for at, env in envs.items():
-            obs[at] = env_step(env, seed=cfg.eval_seed + first + at[1])[0]
+            obs[at] = env_step(env, seed=cfg.eval_seed + begin + at[1])[0]
         while envs:  # those that have ended rest
             actions = agent.act(agent.obs_mean.new_tensor(obs)).cpu().numpy()
             for at, env in list(envs.items()):
@@ -652,10 +752,10 @@ def evaluate(agent: nn.Module, spec, references: tuple, episodes: int) -> list:
                 totals[at] += reward, 1
                 if any(ends):
                     envs.pop(at).close()
-        for i, j in np.ndindex(shape):
-            value, length = totals[i, j].tolist()
+        for number, i in played:
+            value, length = totals[i, number - begin].tolist()
             score = None if None in references else 100 * (value - low) / (high - low)
-            row = {"seed": cfg.seeds[i], "episode": first + j, "return": value}
+            row = {"seed": cfg.seeds[i], "episode": number, "return": value}
             rows.append({**row, "length": int(length), "score": score})
     return sorted(rows, key=lambda row: (row["seed"], row["episode"]))
 
@@ -708,6 +808,7 @@ class Run:
             fcntl.flock(self.logs["metrics"], fcntl.LOCK_EX | fcntl.LOCK_NB)
         for name, file in self.logs.items():
             file.truncate(self.saved["sizes"][name] if self.saved else 0)
+            file.seek(0, os.SEEK_END)  # so that tell() says where it writes
         if self.saved:
             self.about, self.seconds = self.saved["about"], self.saved["seconds"]
             device, window = self.agent.obs_mean.device, self.saved["window"]
@@ -778,7 +879,7 @@ class Run:
         try:
             metrics = self.graph(*arguments)
         except torch._dynamo.exc.TorchDynamoException as error:  # raised before the graph runs
-            print(f"compile: the update fails ({type(error).__name__}), going on without")
+            print(f"compile: the update fails ({error!r:.200}), going on without")
             self.graph = self.agent.update
             metrics = self.graph(*arguments)
         self.step += 1
@@ -799,7 +900,8 @@ class Run:
     def evaluate(self, episodes: int, final: bool = False) -> list:
         """Evaluate all members, log every episode; the means of each seed."""
         began, self.playing = time.perf_counter(), True
-        rows = evaluate(self.agent, self.spec, self.references, episodes) if self.spec else []
+        with explained("the evaluation fails"):
+            rows = evaluate(self.agent, self.spec, self.references, episodes) if self.spec else []
         self.playing, seconds = False, time.perf_counter() - began
         self.mark += seconds  # the clock of the updates stood still
         self.log("episodes", [{"final": final, **row} for row in rows])
@@ -888,9 +990,11 @@ def compiled(update, cfg, device: torch.device):
     check(device.type == "cuda" or not graphs, "compile: graphs are for cuda: use true")
     wanted = cfg.num_updates >= enough if cfg.compile == "auto" else cfg.compile != "false"
     print(f"compile: {'on' if wanted else 'off'} (auto is on from {enough:,} updates)")
+    if not wanted:
+        return update
     torch._dynamo.config.trace_autograd_ops = True  # gradients are part of the graph
     mode = "reduce-overhead" if graphs else None  # CUDA launches all kernels at once
-    return torch.compile(update, fullgraph=True, mode=mode) if wanted else update
+    return torch.compile(update, fullgraph=True, mode=mode)
 
 
 def describe(metadata: dict, spec, device: torch.device) -> dict:
@@ -899,7 +1003,8 @@ def describe(metadata: dict, spec, device: torch.device) -> dict:
     git.append("--exclude=*")  # no tag
     commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
     names = ("eval_env_spec", "env_spec", "ref_min_score", "ref_max_score", "environment_differs")
-    about = {name: metadata.get(name) for name in (*names, "fingerprint", "source")}
+    names += ("fingerprint", "source", "longest_episode")
+    about = {name: metadata.get(name) for name in names}
     about |= {"id": f"{time.time_ns():x}", "commit": (commit or "").strip() or None}
     about |= {"env_id": spec.id if spec else None, "command": sys.argv}
     about["machine"] = f"{platform.platform()}, {os.cpu_count()} CPUs, {device}"
@@ -920,14 +1025,19 @@ def build(run: Run, agent_class, online_class) -> None:
     if saved:
         with explained("the checkpoint is not of this script or data"):
             agent.load_state_dict(saved["agent"])
-            run.step, first = saved["step"], saved["config"]["seed"]
+            run.step, config = saved["step"], saved["config"]
+            first, normal = config["seed"], config["normalize_obs"]
             same = saved["about"]["fingerprint"] == metadata["fingerprint"] or not run.saved
         check(same, f"{cfg.dataset_id} is not the data that {run.folder} began with")
         past = run.step > cfg.num_updates and not run.saved
         check(not past, f"checkpoint: it stands at update {run.step}, past num_updates")
         check(first == cfg.seed, f"checkpoint: its first seed is {first}: give --seed {first}")
+        check(normal == cfg.normalize_obs, f"checkpoint: its normalize_obs is {normal}: set it so")
     rows = [agent.rows(episode) for episode in episodes]
     table = {name: torch.cat([each[name] for each in rows]) for name in rows[0]}
+    if "next_obs" in table:
+        known = table["next_obs"].isfinite().all(-1)
+        table = {name: values[known] for name, values in table.items()}
     check(len(table["obs"]), f"dataset {cfg.dataset_id} has no step to learn from")
     if online_class and cfg.online_steps:
         check(run.spec, "online_steps: there is nothing to play: set env_id")
@@ -959,6 +1069,7 @@ def train(agent_class, cfg, online_class=None) -> None:
             for number, handler in zip(numbers, old, strict=True):
                 signal.signal(number, handler)
         result = {**run.config, **run.about, "seconds": round(run.seconds, 1), "last": last}
+        result |= dict(zip(("ref_min_score", "ref_max_score"), run.references, strict=True))
         run.write("result.json", json.dumps(result, indent=1).encode())
         if run.wandb:
             run.wandb.finish()
@@ -968,11 +1079,17 @@ def train(agent_class, cfg, online_class=None) -> None:
         print(f"seed {row['seed']}: return {row['eval/return']:.1f}{score}")
     if result["environment_differs"]:
         print(f"the environment differs: {result['environment_differs']}")
-    print(f"{result['final_eval_episodes']} evaluation episodes a seed; {run.folder}")
+    episodes = result["final_eval_episodes"] if result["last"] else 0
+    print(f"{episodes} evaluation episodes a seed; {run.folder}")
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """PyYAML would let a key stand twice."""
+    """PyYAML would let a key stand twice, and aliases explode."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not for settings: write the value")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         mapping, keys = super().construct_mapping(node, deep), [key.value for key, _ in node.value]
@@ -1010,7 +1127,8 @@ def parse(config_class, argv=None):
     values = {**(read_yaml(path) if path is not None else {}), **given}
     unknown = values.keys() - {spec.name for spec in dataclasses.fields(config_class)}
     where = f"config {path}: " if path is not None else ""
-    check(not unknown, f"{where}there is no setting {[*unknown][:1]}: --help lists them")
+    mend = "--config FILE reads a file, --help lists the settings"
+    check(not unknown, f"{where}there is no setting {[*unknown][:1]}: {mend}")
     return config_class(**values)
 
 

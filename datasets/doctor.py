@@ -16,13 +16,16 @@ are joined in the sorted order of their keys, as the training scripts do.
 """
 
 import argparse
+import functools
+import importlib.util
 import io
+import math
 import re
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -184,6 +187,16 @@ def one_line(error: Exception) -> str:
 # ---- reading
 
 
+@functools.cache
+def trainer():
+    """A training script, for what all of them do: observations as vectors, the environment."""
+    path = REPOSITORY / "algorithms" / "bc.py"
+    spec = importlib.util.spec_from_file_location("bc", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def find_dataset(dataset_id: str) -> Path:
     """The folder with metadata.json: a folder by name, or Minari's store. Raises DoctorError."""
     inside = not (Path(dataset_id).is_absolute() or ".." in Path(dataset_id).parts)
@@ -200,25 +213,26 @@ def find_dataset(dataset_id: str) -> Path:
     raise DoctorError(f"{dataset_id} is not here: {mend}")
 
 
-def flatten(values) -> np.ndarray:
-    """An array, or a (nested) dict of arrays joined in the sorted order of its keys, as float32."""
-    if isinstance(values, dict):
-        return np.concatenate([flatten(values[key]) for key in sorted(values)], -1)
-    values = np.asarray(values, np.float32)
-    return values[:, None] if values.ndim == 1 else values
-
-
 def size(space: gym.Space) -> int:
-    """Columns that `flatten` makes of a space; a Discrete one is a single column."""
+    """Columns of a space; a discrete action is a single one."""
     return 1 if isinstance(space, gym.spaces.Discrete) else gym.spaces.flatdim(space)
 
 
-def read_episode(episode: dict) -> dict:
+def column(values, dtype) -> np.ndarray:
+    """[T] of [T] or [T, 1]."""
+    values = np.asarray(values, dtype)
+    return values[:, 0] if values.shape[1:] == (1,) else values
+
+
+def read_episode(episode: dict, space: gym.Space) -> dict:
     """Minari's episode as arrays: obs [T + 1, obs_dim], actions [T, act_dim], the rest [T]."""
-    arrays = {"obs": flatten(episode["observations"]), "actions": flatten(episode["actions"])}
-    arrays["rewards"] = np.asarray(episode["rewards"], np.float32)
+    obs, actions = trainer().flatten_obs(space, episode["observations"]), episode["actions"]
+    actions = np.asarray(actions, np.float32)
+    actions = actions.reshape(len(actions), math.prod(actions.shape[1:]))
+    arrays = {"obs": obs.astype(np.float32), "actions": actions}
+    arrays["rewards"] = column(episode["rewards"], np.float32)
     for key in ("terminations", "truncations"):
-        arrays[key] = np.asarray(episode[key], bool)
+        arrays[key] = column(episode[key], bool)
     return arrays
 
 
@@ -243,14 +257,18 @@ def load(dataset_id: str) -> Data:
     folder, episodes, broken = find_dataset(dataset_id), {}, []
     spoken = time.monotonic()
     try:
+        spaces = {"observation_space", "action_space"}
+        if not spaces <= MinariStorage.read_raw_metadata(folder).keys():
+            raise DoctorError(f"{dataset_id} lacks its spaces: Minari would run its environment")
         storage = MinariStorage.read(folder)
         metadata, total = storage.metadata, storage.total_episodes
-        sizes = {"obs": size(storage.observation_space), "actions": size(storage.action_space)}
+        space = storage.observation_space
+        sizes = {"obs": gym.spaces.flatdim(space), "actions": size(storage.action_space)}
         for key in {"ref_min_score", "ref_max_score"} & metadata.keys():
             metadata[key] = None if metadata[key] is None else float(metadata[key])
         with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and found
             for number, episode in enumerate(storage.get_episodes(range(total))):
-                arrays = read_episode(episode)
+                arrays = read_episode(episode, space)
                 if wrong := problem(arrays, sizes):
                     broken.append((number, *wrong))
                 else:
@@ -461,7 +479,7 @@ def check_actions(data: Data) -> Iterator[Finding]:
     if isinstance(space, gym.spaces.Box):
         low, high = space.low.ravel(), space.high.ravel()
         excess = np.maximum(low - data.actions, data.actions - high).max(1)
-        outside = np.flatnonzero(excess > 1e-5)
+        outside = np.flatnonzero(excess > 1e-5 * np.maximum(1, np.abs(data.actions).max(1)))
         if len(outside):
             yield Finding(
                 "actions outside of the action space",
@@ -528,24 +546,30 @@ def check_environment(data: Data) -> Iterator[Finding]:
     """An environment to evaluate in that is missing, does not build or has other sizes."""
     title, effect = "no environment to evaluate in", "policies can be trained but not evaluated"
     mend = "give the set an env_spec, or the training script an env_id"
-    if not isinstance(data.spec, EnvSpec):
-        reason = f"has an env_spec that cannot be read ({data.spec})" if data.spec else "is missing"
-        yield Finding(title, f"the metadata's env_spec {reason}", effect, mend)
+    frame, told, space = trainer(), io.StringIO(), data.metadata["action_space"]
+    if not data.metadata.get("env_spec"):
+        yield Finding(title, "the metadata's env_spec is missing", effect, mend)
         return
+    if not isinstance(space, gym.spaces.Box):
+        return  # no script here acts in it
+    low, high = (np.clip(x.ravel().astype(float), -1e9, 1e9) for x in (space.low, space.high))
+    units = {"obs_mean": np.zeros(data.obs.shape[1]), "obs_std": np.ones(data.obs.shape[1])}
+    units |= {"action_center": (low + high) / 2, "action_half_range": (high - low) / 2}
+    agent = frame.Agent(frame.TrainConfig(), {**units, "return_range": np.zeros(2)})
+    longest = {"longest_episode": int(data.lengths.max())}
     try:
-        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        with redirect_stderr(io.StringIO()), redirect_stdout(told), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old versions of environments ask to be replaced
-            env = gym.make(data.spec)
-    except Exception as error:  # environments fail in ways of their own
-        detail = f"{data.spec.id} does not build ({one_line(error)})"
-        yield Finding(title, detail, effect, f"install what it needs, or {mend}")
-        return
-    spaces, ours = (env.observation_space, env.action_space), (data.obs, data.actions)
-    for kind, space, values in zip(("observations", "actions"), spaces, ours, strict=True):
-        if size(space) != values.shape[1]:
-            detail = f"{data.spec.id} has {kind} of size {size(space)}, the data {values.shape[1]}"
-            yield Finding("the environment is another one", detail, effect, mend)
-    env.close()
+            frame.find_environment(agent.cfg, data.metadata | longest, agent)
+    except frame.RunError as error:
+        other = "observations and actions" in str(error)
+        yield Finding(
+            "the environment is another one" if other else title, str(error), effect, mend
+        )
+    if "WARNING: actions" in told.getvalue():
+        detail = told.getvalue().split("WARNING: ")[1].splitlines()[0]
+        effect = "policies play other actions than the data shows"
+        yield Finding("the environment takes other actions", detail, effect, "store them as played")
 
 
 def check_rewards(data: Data) -> Iterator[Finding]:

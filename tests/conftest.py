@@ -18,11 +18,10 @@ SCRIPTS = sorted(path.stem for path in (REPOSITORY / "algorithms").glob("*.py"))
 TOY = "toy/pendulum-v0"
 # Observation 3, action 1 within [-2, 2] (so that scaling shows), episodes of 20 steps.
 TOY_ENV = gym.envs.registration.EnvSpec(
-    "ToyPendulum-v0",
+    "Pendulum-v1",
     entry_point="gymnasium.envs.classic_control.pendulum:PendulumEnv",
     max_episode_steps=20,
 )
-
 torch.set_num_threads(1)
 
 
@@ -70,6 +69,13 @@ def write_dataset(store: Path, dataset_id: str, episodes: list[EpisodeBuffer], *
         else:
             os.environ["MINARI_DATASETS_PATH"] = old
     return store / dataset_id / "data"
+
+
+def plain_agent(script, obs_dim: int, act_dim: int):
+    """An agent without networks, for what asks for sizes and units alone."""
+    zeros, ones = torch.zeros, torch.ones
+    units = (zeros(obs_dim), ones(obs_dim), zeros(act_dim), ones(act_dim), zeros(2))
+    return script.Agent(script.TrainConfig(), dict(zip(script.Agent.units, units, strict=True)))
 
 
 @pytest.fixture(scope="session")

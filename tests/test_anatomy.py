@@ -14,12 +14,12 @@ from conftest import REPOSITORY, SCRIPTS
 FRAME = "# ---- frame: the same in every script ----"
 # Lines of a script, and of the shared blocks that a script with an online phase has.
 # What they hold today, and no more; the aim is 640 for bc.py and 820 for iql.py.
-TOTALS = {"bc": 875, "bcq": 985, "brac": 1040, "td3_bc": 1030, "awac": 1065, "rebrac": 1090}
-TOTALS |= {"iql": 1075, "dt": 1065, "cql": 1135, "cal_ql": 1145}
+TOTALS = {"bc": 995, "bcq": 1105, "brac": 1160, "td3_bc": 1150, "awac": 1185, "rebrac": 1210}
+TOTALS |= {"iql": 1195, "dt": 1190, "cql": 1255, "cal_ql": 1265}
 BLOCKS = ["config", "online_config", "networks", "layer_norm", "squashed_policy"]
 BLOCKS += ["data", "evaluation", "run", "online"]
 OPTIONAL = ["online_config", "layer_norm", "squashed_policy", "online"]
-SHARED_LINES = 856  # without layer_norm and squashed_policy; the aim is 580
+SHARED_LINES = 980  # without layer_norm and squashed_policy; the aim is 580
 MEND = "edit one script, then run: python tests/sync_blocks.py algorithms/<that script>.py"
 
 GLOSSARY = set(
@@ -29,7 +29,7 @@ GLOSSARY = set(
     final_eval_episodes log_every checkpoint_every run_dir resume checkpoint
     device compile wandb wandb_project label batch_size gamma tau actor_lr critic_lr value_lr
     normalize_obs reward_scale reward_shift reward_by_return_range inverse_temperature
-    awr_temperature entropy_coef
+    awr_temperature entropy_coef action_bounds max_envs
     """.split()
 )
 # What others call these things. A glossary name in another order or number is found without it.
@@ -409,13 +409,15 @@ def test_imports(source):
         for name in (name.split(".")[0] for name in names):
             assert name not in ours | {"pickle", "dill", "joblib", "cloudpickle"}, where(source, n)
             assert name != "wandb" or id(n) not in top, where(source, n)
-    assert "sys.path" not in source.text and "import_module" not in source.text
+    assert "sys.path" not in source.text
+    assert source.text.count("import_module") == 1  # of the environment that the user names
 
 
 def test_no_work_at_import_time(source):
     kinds = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef)
     for n in source.tree.body[1:-1]:
-        constant = isinstance(n, ast.Assign) and n.targets[0].id.isupper()
+        target = n.targets[0] if isinstance(n, ast.Assign) else getattr(n, "target", None)
+        constant = target is not None and target.id.isupper()
         assert constant or isinstance(n, kinds), where(source, n)
         allowed = {"Path", "resolve", "frozenset", "compile"}
         assert not constant or {called(c) for c in calls(n)} <= allowed, where(source, n)

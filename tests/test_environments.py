@@ -1,14 +1,14 @@
 """Where policies for D4RL's tasks are evaluated: each of today's environments, and its notes."""
 
+import functools
 import importlib.util
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, plain_agent
 
 # Gymnasium's remarks: v4 is out of date, FrankaKitchen's goal is one object in all observations.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
@@ -48,8 +48,8 @@ def test_eighteen_environments():
 def test_stored_builds_steps_and_is_seeded(iql, name):
     task = EACH[name]
     built = d4rl.build_env(task)
-    sizes = SimpleNamespace(act_dim=task.act_dim)
-    sizes.obs_dim = len(iql.flatten_obs(built.reset(seed=0)[0]))
+    flatten = functools.partial(iql.flatten_obs, built.observation_space)
+    sizes = plain_agent(iql, len(flatten(built.reset(seed=0)[0])), task.act_dim)
     spec, _ = iql.find_environment(iql.TrainConfig(), {"env_spec": built.spec.to_json()}, sizes)
     env = gym.make(spec)
     assert env.spec == built.spec
@@ -65,7 +65,7 @@ def test_stored_builds_steps_and_is_seeded(iql, name):
             assert not (terminated or truncated)
             states.append(state)
             rewards.append(reward)
-        flat = np.stack([iql.flatten_obs(state) for state in states])
+        flat = np.stack([flatten(state) for state in states])
         assert np.isfinite(flat).all() and np.isfinite(rewards).all()
         return np.column_stack([flat, [0, *rewards]])
 

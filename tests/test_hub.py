@@ -14,7 +14,7 @@ import minari
 import minari.storage.remotes.huggingface as remote
 import numpy as np
 import pytest
-from conftest import words
+from conftest import plain_agent, words
 from minari.data_collector import EpisodeBuffer
 
 # Remarks of Minari's on what a dataset lacks, and of Gymnasium's on versions.
@@ -245,15 +245,16 @@ def test_dicts_are_joined_in_the_order_of_their_keys(iql, hubs, monkeypatch, dat
         data, _, about = load(iql, dataset_id)
         stored = minari.load_dataset(dataset_id)[0].observations
         joined = np.concatenate([part(stored, path) for path in ORDER[dataset_id]], -1)
-        np.testing.assert_array_equal(data[0]["obs"], joined.astype("f4"))
+        np.testing.assert_array_equal(data[0]["obs"], joined)
         prints.add(about["fingerprint"])
     assert len(prints) == 1  # the same content in both formats
 
     name, kwargs, *_ = SETS[dataset_id]
     cfg = iql.TrainConfig(dataset_id=dataset_id)  # the policy sees what the data hold
-    sizes = SimpleNamespace(obs_dim=joined.shape[1], act_dim=SETS[dataset_id][3])
+    sizes = plain_agent(iql, joined.shape[1], SETS[dataset_id][3])
     env = gym.make(iql.find_environment(cfg, about, sizes)[0])
-    np.testing.assert_array_equal(iql.flatten_obs(env.reset(seed=0)[0]), joined[0].astype("f4"))
+    live = iql.flatten_obs(env.observation_space, env.reset(seed=0)[0])
+    np.testing.assert_array_equal(live.astype("f4"), joined[0].astype("f4"))
     assert env.spec.id == name and env.spec.kwargs.items() >= kwargs.items()
 
 
@@ -264,7 +265,6 @@ def test_both_formats_hold_the_same_steps(iql, hubs, monkeypatch):
         data, _, about = load(iql, "D4RL/door/human-v2")
         assert [len(episode["reward"]) for episode in data] == [STEPS, STEPS]
         assert not any(episode["terminated"].any() for episode in data)
-        assert {x.dtype for episode in data for x in episode.values()} == {np.dtype(np.float32)}
         prints.append(about["fingerprint"])
     assert prints[0] == prints[1]
 
@@ -335,5 +335,5 @@ def test_gymnasium_robotics_is_imported_where_needed(iql, use_hub, capsys, env_i
 @pytest.mark.usefixtures("no_robotics")
 def test_a_policy_that_fits_no_environment_is_one_line(iql, hubs, refused, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(hubs["hdf5"]))
-    refused(iql, fetch(dataset_id=MAZE, env_id="FrankaKitchen-v1"), "FrankaKitchen-v1", "(8,)")
+    refused(iql, fetch(dataset_id=MAZE, env_id="FrankaKitchen-v1"), "FrankaKitchen-v1", "(8, 2)")
     refused(iql, fetch(dataset_id=MAZE, env_id="PointMaze-v99"), "PointMaze-v99")

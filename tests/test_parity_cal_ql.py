@@ -239,7 +239,7 @@ def make_episode(rewards, terminated: bool) -> dict:
 def test_returns_of_every_kind_of_episode(gamma, infinite_horizon):
     """Of the rewards as the critics see them."""
     settings = {"gamma": gamma, "infinite_horizon": infinite_horizon}
-    agent = make_cal_ql(**settings, reward_scale=2.0, reward_shift=-0.5)
+    agent = make_cal_ql(**settings, reward_scale=2.0, reward_shift=-0.5).float()
     rng = np.random.default_rng(5)
     for count, terminated in EPISODES:
         rewards = rng.normal(size=count).astype(np.float32)

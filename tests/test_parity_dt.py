@@ -303,7 +303,7 @@ def toy_table(**settings):
 
 def test_windows_by_hand():
     """From every row of the data: never beyond the episode's end, returns to the very end."""
-    agent, table = toy_table()
+    agent, table = toy_table(return_scale=1000)
     assert {len(values) for values in table.values()} == {71}
     batch = agent.gather(table, torch.arange(71).expand(2, -1))
     assert batch.keys() == {"obs", "action", "return_to_go", "timestep", "mask"}
@@ -452,6 +452,7 @@ def test_the_agent_is_told_what_is_left(monkeypatch):
     monkeypatch.setattr(Ends, "step", log)
     settings = {"env_id": "Ends-v0", "eval_seed": 125, "eval_episodes": 0, "context": 3}
     assert dt.main(words(**settings, target_returns="2000, 100", final_eval_episodes=1)) == 0
+    del rewards[0]  # of the step that was tried before the first update
     assert len(told) == 1 + 125 % 7 == 7
     for t, window in enumerate(told):
         begin = max(0, t - 2)
@@ -480,4 +481,14 @@ def test_defaults_are_the_papers():
     assert (cfg.context, cfg.hidden_dim, cfg.hidden_layers, cfg.attention_heads) == (20, 128, 3, 1)
     assert (cfg.dropout, cfg.grad_clip, cfg.weight_decay, cfg.actor_lr) == (0.1, 0.25, 1e-4, 1e-4)
     assert (cfg.batch_size, cfg.num_updates, cfg.warmup_updates) == (64, 100_000, 10_000)
-    assert (cfg.return_scale, cfg.max_episode_steps, cfg.normalize_obs) == (1000, 1000, True)
+    assert (cfg.return_scale, cfg.max_episode_steps, cfg.normalize_obs) == (None, 1000, True)
+
+
+def test_the_scale_fits_the_data_unless_it_is_set():
+    """Largest |return| of the data: returns-to-go are then within [-1, 1] at the start."""
+    agent, table = toy_table()
+    returns = [float(np.sum(e.rewards, dtype=np.float64)) for e in toy_episodes()]
+    assert float(agent.return_scale()) == pytest.approx(max(map(abs, returns)), rel=1e-6)
+    starts = table["return_to_go"][table["timestep"] == 0]
+    assert float(starts.abs().max()) == pytest.approx(1, rel=1e-6)
+    assert toy_table(return_scale=30)[0].return_scale() == 30

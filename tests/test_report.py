@@ -53,7 +53,7 @@ def test_what_a_script_writes_is_read(tmp_path):
     assert list(online) == [0, 1] and None not in online[0].values()
     assert "| toy/pendulum-v0 | IQL | 6 + 3 online |" in second
     result = report.read(tmp_path / "runs" / "a" / "result.json")
-    assert result["env_id"] == "ToyPendulum-v0"
+    assert result["env_id"] == "Pendulum-v1"
 
 
 def test_scores_of_another_environment_say_so(tmp_path):

@@ -197,7 +197,7 @@ def test_a_run_says_what_its_numbers_depend_on(iql):
     assert iql.main(long(iql, label="mine")) == 0
     about = json.loads(Path("run/environment.json").read_text())
     result = json.loads(Path("run/result.json").read_text())
-    expected = {"script": "iql", "algorithm": "IQL", "label": "mine", "env_id": "ToyPendulum-v0"}
+    expected = {"script": "iql", "algorithm": "IQL", "label": "mine", "env_id": "Pendulum-v1"}
     expected |= {"ref_min_score": -160.0, "ref_max_score": -20.0, "command": sys.argv}
     assert about.items() >= expected.items() and json.loads(about["env_spec"])["id"]
     assert about["torch"] == torch.__version__ and about["gymnasium"] and about["minari"]
@@ -256,6 +256,38 @@ def test_resume_after_crashes_elsewhere(iql, whole_iql, monkeypatch, crashes):
     for number in crashes:
         crash_at(monkeypatch, iql, long(iql, resume="true"), number)
     assert iql.main(long(iql, resume="true")) == 0
+    assert_same_run("run", whole_iql)
+
+
+def test_logs_that_were_cut_are_not_padded(iql, whole_iql, monkeypatch):
+    """A file that is cut goes on saying its old size: a save before the next row would keep it."""
+    crash_at(monkeypatch, iql, long(iql), 16)  # rows of 7 and 14, no checkpoint
+    with monkeypatch.context() as patch:
+        before_update(patch, iql, lambda _, n: n == 3 and os.kill(os.getpid(), signal.SIGTERM))
+        assert iql.main(RESUME) == 130
+    assert saved("run")["sizes"] == {"metrics": 0, "episodes": 0}
+    assert iql.main(RESUME) == 0
+    assert_same_run("run", whole_iql)
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_a_signal_ends_an_evaluation_at_once(iql, whole_iql, monkeypatch, capsys, final):
+    """It is made up for."""
+    real, calls = iql.env_step, []
+
+    def patched(env, action=None, seed=None):
+        calls.append(None)
+        if len(calls) == (400 if final else 60):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(env, action, seed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(iql, "env_step", patched)
+        assert iql.main(long(iql)) == 130
+    assert "to go on" in capsys.readouterr().err.splitlines()[-1]
+    assert saved("run")["step"] == (40 if final else 9)
+    assert len(calls) == (400 if final else 60)
+    assert iql.main(RESUME) == 0
     assert_same_run("run", whole_iql)
 
 

@@ -71,6 +71,8 @@ def evaluate(script, saved: dict, args) -> None:
         config |= {"env_id": args.env_id, "env_kwargs": {}}  # and the run's scores do not hold
         config |= {"ref_min_score": None, "ref_max_score": None}
     agent = restore(script, saved, device=args.device)
+    named, trusted = agent.cfg.env_id, args.env_id or ":" not in agent.cfg.env_id
+    script.check(trusted, f"{named} is imported on your own word only: add --env_id {named}")
     spec, references = script.find_environment(agent.cfg, about, agent)
     script.check(spec, "there is nothing to play: name an environment with --env_id")
     episodes = agent.cfg.final_eval_episodes if args.episodes is None else args.episodes
