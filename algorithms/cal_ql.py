@@ -675,7 +675,8 @@ def find_environment(cfg, metadata: dict, agent: nn.Module) -> tuple:
         return None, references
     stored = metadata.get("eval_env_spec") or metadata.get("env_spec")
     check(stored or not auto, "env_id: the dataset names no environment: set one, or none")
-    with explained(f"env_id {cfg.env_id} does not start, name another (module:Id-v0), or none"):
+    mend = "name another, one of a module of yours (module:Id-v0), or none"
+    with explained(f"env_id {cfg.env_id} does not start, {mend}"):
         with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
             import gymnasium_robotics  # noqa: F401, it registers its environments
         module, _, env_id = cfg.env_id.rpartition(":")

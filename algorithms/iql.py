@@ -25,6 +25,8 @@ Deviations:
     D4  The policy's learning rate falls over all updates, online ones included, so it never climbs
         in a run of both phases. The authors' code does not let it fall where it goes online: train
         a run that is to go on later with `cosine_actor_lr: false`, or its rate climbs again.
+    D5  Online no transition is forgotten; the authors' buffer is a ring of a million, in which new
+        steps soon take the places of the data.
 
 Metrics, means over the batch: `train/value_loss`, `train/critic_loss`, `train/actor_loss`;
 `train/v`, `train/q` the values at the data (a q that never stops growing means divergence);
@@ -184,7 +186,7 @@ class OnlineConfig(RunConfig):
 
 
 @dataclass
-class TrainConfig(OnlineConfig):
+class TrainConfig(OnlineConfig):  # D5
     """IQL's own settings; defaults: the paper's for locomotion, but for its scale of rewards."""
 
     gamma: float = setting(0.99, 0, 1)  # discount
@@ -607,7 +609,8 @@ def find_environment(cfg, metadata: dict, agent: nn.Module) -> tuple:
         return None, references
     stored = metadata.get("eval_env_spec") or metadata.get("env_spec")
     check(stored or not auto, "env_id: the dataset names no environment: set one, or none")
-    with explained(f"env_id {cfg.env_id} does not start, name another (module:Id-v0), or none"):
+    mend = "name another, one of a module of yours (module:Id-v0), or none"
+    with explained(f"env_id {cfg.env_id} does not start, {mend}"):
         with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
             import gymnasium_robotics  # noqa: F401, it registers its environments
         module, _, env_id = cfg.env_id.rpartition(":")

@@ -14,8 +14,8 @@ from conftest import REPOSITORY, SCRIPTS
 FRAME = "# ---- frame: the same in every script ----"
 # Lines of a script, and of the shared blocks that a script with an online phase has.
 # What they hold today, and no more; the aim is 640 for bc.py and 820 for iql.py.
-TOTALS = {"bc": 995, "bcq": 1105, "brac": 1160, "td3_bc": 1150, "awac": 1185, "rebrac": 1210}
-TOTALS |= {"iql": 1195, "dt": 1190, "cql": 1255, "cal_ql": 1265}
+TOTALS = {"bc": 994, "bcq": 1103, "brac": 1155, "td3_bc": 1149, "awac": 1182, "rebrac": 1205}
+TOTALS |= {"iql": 1196, "dt": 1189, "cql": 1253, "cal_ql": 1262}
 BLOCKS = ["config", "online_config", "networks", "layer_norm", "squashed_policy"]
 BLOCKS += ["data", "evaluation", "run", "online"]
 OPTIONAL = ["online_config", "layer_norm", "squashed_policy", "online"]
