@@ -741,7 +741,7 @@ def env_step(env: gym.Env, action=None, seed: Optional[int] = None) -> tuple:
             action = action.clip(space.low, space.high).astype(space.dtype)
             obs, reward, *ends, _ = env.step(action)
         obs, reward = flatten_obs(env.observation_space, obs), np.asarray(reward, float).item()
-    finite = np.isfinite([reward, *obs]).all()
+    finite = math.isfinite(reward) and np.isfinite(obs).all()
     check(finite, f"the environment {env.spec.id} fails: NaN or infinite numbers")
     return obs.astype(np.float32), reward, *map(bool, ends)
 
