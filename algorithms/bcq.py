@@ -483,7 +483,9 @@ def flatten_obs(space: gym.Space, obs) -> np.ndarray:
         parts = [flatten_obs(*pair) for pair in zip(space, obs, strict=True)]
         return np.concatenate(parts, -1)
     if isinstance(space, gym.spaces.Discrete):
-        return 1.0 * (np.asarray(obs)[..., None] == space.start + np.arange(space.n))
+        one_hot = np.asarray(obs)[..., None] == space.start + np.arange(space.n)
+        check(one_hot.any(-1).all(), f"an observation is not one of {space}")
+        return 1.0 * one_hot
     image = space.dtype == np.uint8 and len(space.shape) > 1
     vector = isinstance(space, (gym.spaces.Box, gym.spaces.MultiBinary)) and not image
     check(vector, f"observations {space} are {'images' if image else 'not numbers'}, not vectors")
@@ -729,6 +731,7 @@ class Run:
         """Look at the folder: finished, to go on with, or new; another run's is refused."""
         self.cfg, label = cfg, cfg.label or algorithm
         self.about = {"script": SCRIPT.stem, "algorithm": algorithm, "label": label}
+        self.about["checkpoint"] = cfg.checkpoint or None  # that it started from
         self.step, self.seconds, self.window, self.online, self.wandb = 0, 0.0, {}, None, None
         self.stopped = self.playing = False
         slug = [re.sub(r"[^a-z0-9.]+", "-", x.lower()).strip("-.") for x in (label, cfg.dataset_id)]
@@ -739,9 +742,9 @@ class Run:
         there = {path.name for path in self.folder.glob("*")}
         known, self.finished = "config.yaml" in there, "result.json" in there
         theirs = read_yaml(self.folder / "config.yaml") if known else self.config
-        for name in self.config.keys() - {"download", "wandb", "wandb_project"}:
-            what = f"{name} is {theirs.get(name)!r} there, not {self.config[name]!r}"
-            same = theirs.get(name) == self.config[name]
+        for name, value in self.config.items():
+            what = f"{name} is {theirs.get(name)!r} there, not {value!r}"
+            same = theirs.get(name) == value or name in ("download", "wandb", "wandb_project")
             check(same, f"run_dir {self.folder} holds another run: {what}")
         check(cfg.run_dir or not cfg.resume, "resume: name the run to go on with: --run_dir PATH")
         logged = any(path.stat().st_size for path in self.folder.glob("*.jsonl"))
@@ -986,6 +989,8 @@ def build(run: Run, agent_class, online_class) -> None:
     table = {name: torch.cat([each[name] for each in rows]) for name in rows[0]}
     if "next_obs" in table:
         known = table["next_obs"].isfinite().all(-1)
+        if not known.all():
+            print(f"{int((~known).sum())} steps are left out: what followed them is unknown")
         table = {name: values[known] for name, values in table.items()}
     check(len(table["obs"]), f"dataset {cfg.dataset_id} has no step to learn from")
     if online_class and cfg.online_steps:

@@ -400,6 +400,12 @@ def test_what_was_started_from_a_checkpoint_goes_on_from_it(iql, monkeypatch):
     argv = words(num_updates=12, checkpoint="run")
     assert iql.main([*argv, "--run_dir", "whole"]) == 0
     crash_at(monkeypatch, iql, [*argv, "--run_dir", "cut"], 2)
+    for folder, start in (
+        ("run", None),
+        ("whole", "run"),
+        ("cut", "run"),
+    ):  # the report tells them apart
+        assert json.loads(Path(folder, "environment.json").read_text())["checkpoint"] == start
     assert iql.main(["--run_dir", "cut", "--resume", "true"]) == 0
     assert_same_run("cut", "whole")
 

@@ -227,6 +227,14 @@ def test_observations_of_several_kinds(iql):
     assert iql.main(words(**OWN, env_id="TrustMixed-v0")) == 0
 
 
+def test_a_number_that_is_none_of_a_discrete_space(iql):
+    space = gym.spaces.Discrete(3, start=1)
+    assert iql.flatten_obs(space, np.array([1, 3])).tolist() == [[1, 0, 0], [0, 0, 1]]
+    for wrong in (0, 4, -1):
+        with pytest.raises(iql.RunError, match="Discrete"):
+            iql.flatten_obs(space, np.array([2, wrong]))
+
+
 def test_stacked_vectors_are_flattened(iql):
     rng = np.random.default_rng(0)
     episode = toy_episode(rng, 9, True, observations=rng.normal(size=(10, 4, 3)))
