@@ -697,7 +697,7 @@ class Run:
         self.folder = Path(cfg.run_dir or Path("runs", *slug, stamp))
         apart = ("run_dir", "resume", "checkpoint")
         self.config = {k: v for k, v in pyrallis.encode(cfg).items() if k not in apart}
-        there = {path.name for path in self.folder.glob("*")}
+        self.there = there = {path.name for path in self.folder.glob("*")}
         known, self.finished = "config.yaml" in there, "result.json" in there
         theirs = read_yaml(self.folder / "config.yaml") if known else self.config
         for name, value in self.config.items():
@@ -713,17 +713,29 @@ class Run:
     def open(self) -> None:
         """Take the folder, with the logs cut back to the checkpoint."""
         self.folder.mkdir(parents=True, exist_ok=bool(self.cfg.run_dir))
+        self.lock = open(self.folder / "lock", "a+")
+        self.lock.seek(0)
+        taken = f"run_dir {self.folder}: another process trains there, {self.lock.read()}"
+        with explained(taken):
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        check({path.name for path in self.folder.glob("*")} <= {"lock", *self.there}, taken)
+        self.lock.truncate(0)
+        print(f"process {os.getpid()} on {platform.node()}", file=self.lock, flush=True)
         self.logs = {n: open(self.folder / f"{n}.jsonl", "ab") for n in ("metrics", "episodes")}
-        with explained(f"run_dir {self.folder}: another process trains there"):
-            fcntl.flock(self.logs["metrics"], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        apart = f"run_dir {self.folder}: the checkpoint does not fit its logs or seeds, train anew"
+        with explained(apart):
+            sizes = self.saved["sizes"] if self.saved else dict.fromkeys(self.logs, 0)
+            check(all(0 <= sizes[n] <= log.tell() for n, log in self.logs.items()), apart)
+            if self.saved:
+                self.about, self.seconds = self.about | self.saved["about"], self.saved["seconds"]
+                device, window = self.agent.obs_mean.device, self.saved["window"]
+                right = all(v.shape[1:] == (self.cfg.num_seeds,) for v in window.values())
+                check(right, apart)
+                self.window = {name: [*values.to(device)] for name, values in window.items()}
         for name, file in self.logs.items():
-            file.truncate(self.saved["sizes"][name] if self.saved else 0)
+            file.truncate(sizes[name])
             file.seek(0, os.SEEK_END)  # so that tell() says where it writes
-        if self.saved:
-            self.about, self.seconds = self.saved["about"], self.saved["seconds"]
-            device, window = self.agent.obs_mean.device, self.saved["window"]
-            self.window = {name: list(values.to(device)) for name, values in window.items()}
-        else:
+        if not self.saved:
             self.write("config.yaml", yaml.safe_dump(self.config, sort_keys=False).encode())
             self.write("environment.json", json.dumps(self.about, indent=1).encode())
         if self.cfg.wandb != "disabled":
@@ -857,10 +869,14 @@ class Run:
 def read_checkpoint(path) -> dict:
     """The checkpoint of a run folder, or a checkpoint file: tensors and plain values only."""
     file = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+    kinds = dict.fromkeys(("config", "about", "agent", "window", "sizes"), dict)
+    kinds |= {"step": int, "seconds": float, "online": (dict, type(None))}
     with explained(f"{file} is no whole checkpoint"):
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        names = ("config", "about", "agent", "step", "seconds", "online", "window", "sizes")
-        return {name: saved[name] for name in names}
+        for name, kind in kinds.items():
+            check(isinstance(saved[name], kind), f"{file} is no whole checkpoint: its {name}")
+        json.dumps([saved["config"], saved["about"]])
+        return {name: saved[name] for name in kinds}
 
 
 def batches(agent: nn.Module, table: dict, first: int, online=None):
@@ -939,8 +955,10 @@ def build(run: Run, agent_class, online_class) -> None:
             first, normal = config["seed"], config["normalize_obs"]
             same = saved["about"]["fingerprint"] == metadata["fingerprint"] or not run.saved
         check(same, f"{cfg.dataset_id} is not the data that {run.folder} began with")
-        past = run.step > cfg.num_updates and not run.saved
-        check(not past, f"checkpoint: it stands at update {run.step}, past num_updates")
+        last = cfg.num_updates
+        if run.saved and online_class:
+            last += cfg.online_steps * cfg.updates_per_step
+        check(0 <= run.step <= last, f"checkpoint: it stands at update {run.step} of {last}")
         check(first == cfg.seed, f"checkpoint: its first seed is {first}: give --seed {first}")
         check(normal == cfg.normalize_obs, f"checkpoint: its normalize_obs is {normal}: set it so")
     rows = [agent.rows(episode) for episode in episodes]
@@ -953,7 +971,8 @@ def build(run: Run, agent_class, online_class) -> None:
     check(len(table["obs"]), f"dataset {cfg.dataset_id} has no step to learn from")
     if online_class and cfg.online_steps:
         check(run.spec, "online_steps: there is nothing to play: set env_id")
-        run.online = online_class(agent, run.spec, table, run.saved)
+        with explained("the online phase does not begin"):
+            run.online = online_class(agent, run.spec, table, run.saved)
     run.batches = batches(agent, table, run.step, run.online)
     run.graph = compiled(agent.update, cfg, device)
     run.about |= describe(metadata, run.spec, device)
@@ -985,14 +1004,15 @@ def train(agent_class, cfg, online_class=None) -> None:
         run.write("result.json", json.dumps(result, indent=1).encode())
         if run.wandb:
             run.wandb.finish()
-    result = json.loads((run.folder / "result.json").read_bytes())
-    for row in result["last"]:
-        score = f", score {row['eval/score']:.1f}" if "eval/score" in row else ""
-        print(f"seed {row['seed']}: return {row['eval/return']:.1f}{score}")
-    if result["environment_differs"]:
-        print(f"the environment differs: {result['environment_differs']}")
-    episodes = result["final_eval_episodes"] if result["last"] else 0
-    print(f"{episodes} evaluation episodes a seed; {run.folder}")
+    with explained(f"{run.folder}/result.json cannot be read, move it away and resume"):
+        result = json.loads((run.folder / "result.json").read_bytes())
+        for row in result["last"]:
+            score = f", score {row['eval/score']:.1f}" if "eval/score" in row else ""
+            print(f"seed {row['seed']}: return {row['eval/return']:.1f}{score}")
+        if result["environment_differs"]:
+            print(f"the environment differs: {result['environment_differs']}")
+        episodes = result["final_eval_episodes"] if result["last"] else 0
+        print(f"{episodes} evaluation episodes a seed; {run.folder}")
 
 
 class UniqueKeys(yaml.SafeLoader):
@@ -1076,15 +1096,23 @@ class Online:
         for name, values in table.items():
             table[name] = torch.cat([values, values.new_zeros(room, *values.shape[1:])])
         if saved and saved["online"]:
-            self.steps, self.begun = saved["online"]["steps"], saved["online"]["begun"]
-            for i, rows in enumerate(saved["online"]["rows"]):
+            self.steps = math.ceil(
+                (saved["step"] - self.cfg.num_updates) / self.cfg.updates_per_step
+            )
+            kept = zip(self.begun, saved["online"]["begun"], saved["online"]["rows"], strict=True)
+            for i, (_, begun, rows) in enumerate(kept):
+                most = max(begun, len(rows["obs"]))
+                check(
+                    0 <= begun and most <= self.steps, "online: the checkpoint has too many steps"
+                )
+                self.begun[i] = int(begun)
                 self.enter(i, rows)
 
     def state(self) -> dict:
         """What a checkpoint holds of the phase."""
         spans = [slice(f, f + n) for f, n in zip(self.first, self.filled, strict=True)]
         rows = [{name: v[span].clone() for name, v in self.table.items()} for span in spans]
-        return {"steps": self.steps, "begun": list(self.begun), "rows": rows}
+        return {"begun": list(self.begun), "rows": rows}
 
     def enter(self, member: int, rows: dict) -> None:
         """Add rows to a member's buffer."""

@@ -14,12 +14,12 @@ from conftest import REPOSITORY, SCRIPTS
 FRAME = "# ---- frame: the same in every script ----"
 # Lines of a script, and of the shared blocks that a script with an online phase has.
 # What they hold today, and no more; the aim is 640 for bc.py and 820 for iql.py.
-TOTALS = {"bc": 999, "bcq": 1108, "brac": 1160, "td3_bc": 1154, "awac": 1187, "rebrac": 1210}
-TOTALS |= {"iql": 1201, "dt": 1195, "cql": 1258, "cal_ql": 1267}
+TOTALS = {"bc": 1019, "bcq": 1128, "brac": 1180, "td3_bc": 1182, "awac": 1215, "rebrac": 1238}
+TOTALS |= {"iql": 1229, "dt": 1224, "cql": 1286, "cal_ql": 1295}
 BLOCKS = ["config", "online_config", "networks", "layer_norm", "squashed_policy"]
 BLOCKS += ["data", "evaluation", "run", "online"]
 OPTIONAL = ["online_config", "layer_norm", "squashed_policy", "online"]
-SHARED_LINES = 985  # without layer_norm and squashed_policy; the aim is 580
+SHARED_LINES = 1013  # without layer_norm and squashed_policy; the aim is 580
 MEND = "edit one script, then run: python tests/sync_blocks.py algorithms/<that script>.py"
 
 GLOSSARY = set(

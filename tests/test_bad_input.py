@@ -1,9 +1,11 @@
 """Planted faults: one line that names the thing and its mend, exit code 2, nothing lost."""
 
 import errno
+import itertools
 import json
 import os
 import pickle
+import platform
 import resource
 from contextlib import contextmanager
 from pathlib import Path
@@ -281,6 +283,65 @@ def test_truncated_and_foreign_checkpoints(iql, refused, kind):
     Path("run/result.json").unlink()  # as if interrupted
     refused(iql, RESUME, "checkpoint")
     assert not Path("executed").exists()
+
+
+BROKEN = {
+    **{f"{name} of another type": {name: "x"} for name in NAMES},
+    "a step before the first": {"step": -1},
+    "a step behind the last": {"step": 7},
+    "a config without its seed": {"config": {"normalize_obs": False}},
+    "a config that is a tensor": {"config": {"seed": torch.zeros(1)}},
+    "no fingerprint": {"about": {}},
+    "weights of another shape": {"agent": {"obs_mean": torch.zeros(9)}},
+    "logs longer than they are": {"sizes": {"metrics": 10**6, "episodes": 0}},
+    "logs shorter than nothing": {"sizes": {"metrics": -1, "episodes": 0}},
+    "no sizes": {"sizes": {}},
+    "metrics of other seeds": {"window": {"q": torch.zeros(2, 5)}},
+    "metrics that are no tensors": {"window": {"q": [1.0]}},
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_checkpoint_with_broken_fields(iql, refused, kind):
+    assert iql.main(words(num_seeds=2)) == 0
+    Path("run/result.json").unlink()  # as if interrupted
+    content = torch.load("run/checkpoint.pt")
+    torch.save({**content, **BROKEN[kind]}, "run/checkpoint.pt")
+    Path("run/lock").write_text(f"process {os.getpid()} on {platform.node()}\n")
+    refused(iql, RESUME, "checkpoint")
+
+
+ONLINE = {"num_updates": 3, "online_steps": 6}
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *itertools.product(("begun", "rows"), (None, [], 0)),
+        ("begun", [-1]),
+        ("begun", ["x"]),
+        ("begun", [9]),
+        ("rows", 7),
+    ],
+)
+def test_a_checkpoint_with_a_broken_online_phase(iql, refused, name, value):
+    assert iql.main(words(**ONLINE)) == 0
+    Path("run/result.json").unlink()
+    content = torch.load("run/checkpoint.pt")
+    if value == 7:  # times as many
+        rows = content["online"]["rows"][0]
+        value = [{k: torch.cat([v] * 7) for k, v in rows.items()}]
+    content["online"][name] = value
+    torch.save(content, "run/checkpoint.pt")
+    Path("run/lock").write_text(f"process {os.getpid()} on {platform.node()}\n")
+    refused(iql, RESUME, "online")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"last": 3}', '{"last": [{}]}'])
+def test_a_broken_result(iql, refused, text):
+    assert iql.main(words()) == 0
+    Path("run/result.json").write_text(text)
+    refused(iql, words(), "run/result.json")
 
 
 def test_no_checkpoint_there(iql, refused):

@@ -509,3 +509,24 @@ def test_a_dataset_is_found_from_anywhere(iql):
     bundled = "datasets/hopper/medium-replay-v0"
     folder = iql.find_dataset(iql.TrainConfig(dataset_id=bundled))
     assert (folder / "metadata.json").is_file() and bundled in str(folder)
+
+
+def test_what_followed_a_last_step_or_an_end_may_be_unknown(capsys):
+    """Of an episode that the recording cuts, DT knows no return; of NaN no script learns values."""
+    rng = np.random.default_rng(0)
+    timed_out, cut, whole = (toy_episode(rng, steps, False) for steps in (5, 7, 9))
+    timed_out.observations[-1] = np.nan
+    cut.truncations[-1] = False
+    write_dataset(Path("store"), "own-v0", [timed_out, cut, whole])
+    line = words(dataset_id="store/own-v0", num_updates=1, env_id="none")
+    kept = {"bc": "21 transitions, 3", "iql": "21 transitions, 3", "dt": "14 transitions, 2"}
+    for name, told in kept.items():
+        assert load_script(name).main([*line, "--run_dir", name]) == 0
+        out = capsys.readouterr().out
+        assert told in out
+        assert ("1 steps are left out" in out) == (name == "iql")
+        assert ("1 episodes without an end are left out" in out) == (name == "dt")
+    write_dataset(Path("store"), "cut-v0", [cut])
+    line[1] = "store/cut-v0"
+    assert load_script("dt").main([*line, "--run_dir", "cut"]) == 2
+    assert "no episode of the data ends" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -369,12 +370,29 @@ def test_a_second_process_is_refused(iql, monkeypatch, refused):
 
     def action(_, number):
         if number == 23:
-            refused(iql, RESUME, "run", "another process")
+            first = f"process {os.getpid()} on {platform.node()}"
+            refused(iql, RESUME, "run", "another process", first)
             refused(iql, long(iql), "run", "in use")
             refused(iql, long(iql, resume="true"), "run", "another process")
 
     before_update(monkeypatch, iql, action)
     assert iql.main(long(iql)) == 0
+
+
+def test_a_folder_that_was_taken_since_it_was_looked_at(iql, monkeypatch):
+    """Two processes find it empty; one trains to the end before the other has read its data."""
+    real, runs = iql.load_dataset, []
+
+    def slow(cfg):
+        if not runs:
+            runs.append(None)
+            assert iql.main(words()) == 0
+            runs.append(contents("run"))
+        return real(cfg)
+
+    monkeypatch.setattr(iql, "load_dataset", slow)
+    assert iql.main(words(seed=5)) == 2
+    assert contents("run") == runs[1]
 
 
 @pytest.mark.parametrize(
@@ -543,7 +561,7 @@ def test_a_checkpoint_holds_tensors_and_plain_values(script, whole):
     assert content["about"] == json.loads((whole / "environment.json").read_text())
     adams = [name for name in content["agent"] if name.endswith("_adam.steps")]
     assert adams and all(content["agent"][name].max() > 0 for name in adams)
-    names = {"config", "environment", "metrics", "episodes", "checkpoint", "result"}
+    names = {"config", "environment", "metrics", "episodes", "checkpoint", "result", "lock"}
     assert {path.stem for path in whole.iterdir()} == names
     assert agent_of(script).__name__ == content["about"]["algorithm"]
 
