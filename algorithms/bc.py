@@ -128,10 +128,11 @@ class RunConfig:
 
 def checked(spec: dataclasses.Field, raw):
     """A value of YAML, the command line or Python in its field's type and range."""
-    kind, text = spec.type, str(raw).lower()
+    kind, shown = spec.type, "a number of thousands of digits"
     low, high = spec.metadata.get("low", -math.inf), spec.metadata.get("high", math.inf)
     choices = spec.metadata.get("choices")
-    with contextlib.suppress(ValueError, TypeError, RecursionError, yaml.YAMLError):
+    with contextlib.suppress(Exception):  # YAML's tags have errors of their own
+        shown, text = repr(raw), str(raw).lower()
         if kind is dict:
             return {**(yaml.load(raw, UniqueKeys) if isinstance(raw, str) else raw)}
         if kind is str and (text in choices if choices else isinstance(raw, str)):
@@ -146,7 +147,7 @@ def checked(spec: dataclasses.Field, raw):
             return int(number) if whole else number
     kinds = {str: "text (in quotes)", bool: "true or false", dict: "a mapping {name: value}"}
     wanted = kinds.get(kind, f"a {'whole ' * (kind is int)}number from {low} to {high}")
-    raise RunError(f"{spec.name}: {raw!r:.80} is not {f'one of {choices}' if choices else wanted}")
+    raise RunError(f"{spec.name}: {shown:.80} is not {f'one of {choices}' if choices else wanted}")
 
 
 # <<< shared: config

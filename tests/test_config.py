@@ -266,3 +266,15 @@ def test_configs_of_the_repository_are_read(script):
     for path in own:
         assert script.TrainConfig(**script.read_yaml(path)).dataset_id
     assert parse(script, "--config", str(own[0])) == script.TrainConfig(**script.read_yaml(own[0]))
+
+
+@pytest.mark.parametrize(
+    "value", ["!!bool 3", "!!timestamp x", "!!int ''", "!!binary 3", "{[]: 1}"]
+)
+def test_tags_that_do_not_fit(iql, refused, value):
+    refused(iql, words(env_kwargs=value), "env_kwargs")
+
+
+def test_a_number_of_thousands_of_digits(iql, refused):
+    Path("long.yaml").write_text(f"gamma: 0x{'f' * 4000}\n")
+    refused(iql, words(config="long.yaml"), "gamma", "digits")
