@@ -154,6 +154,7 @@ def checked(spec: dataclasses.Field, raw):
     choices = spec.metadata.get("choices")
     with contextlib.suppress(Exception):  # YAML's tags have errors of their own
         shown, text = repr(raw), str(raw).lower()
+        text.encode()  # what is no UTF-8 can be written nowhere
         if kind is dict:
             return {**(yaml.load(raw, UniqueKeys) if isinstance(raw, str) else raw)}
         if kind is str and (text in choices if choices else isinstance(raw, str)):

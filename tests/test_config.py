@@ -278,3 +278,8 @@ def test_tags_that_do_not_fit(iql, refused, value):
 def test_a_number_of_thousands_of_digits(iql, refused):
     Path("long.yaml").write_text(f"gamma: 0x{'f' * 4000}\n")
     refused(iql, words(config="long.yaml"), "gamma", "digits")
+
+
+@pytest.mark.parametrize("name", ["run_dir", "label", "dataset_id"])
+def test_text_that_is_no_utf_8(iql, refused, name):
+    refused(iql, words(**{name: "a\udcff"}), name)
