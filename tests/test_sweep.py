@@ -1,0 +1,275 @@
+"""tools/sweep.py: what is planned, run, tried again, gone on with and told."""
+
+import fcntl
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPOSITORY, TOY, contents, load_script, words
+from test_runs import rows
+
+SMALL = {"dataset_id": TOY, "env_id": "auto", "batch_size": 8, "hidden_dim": 16}
+SMALL |= {"ref_min_score": -160, "ref_max_score": -20, "eval_episodes": 1}
+SMALL |= {"final_eval_episodes": 1, "compile": "false"}
+
+
+@pytest.fixture
+def sweep():
+    spec = importlib.util.spec_from_file_location("sweep", REPOSITORY / "tools" / "sweep.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # main has a handler of its own
+
+
+def line(*more, **settings) -> list[str]:
+    pairs = [f"{name}={value}" for name, value in {**SMALL, **settings}.items()]
+    return [
+        "--algorithms",
+        "bc",
+        "--tasks",
+        "hopper-medium",
+        "--out",
+        "out",
+        *more,
+        "--set",
+        *pairs,
+    ]
+
+
+def stand_in(sweep, name: str, code: str = ""):
+    """A job that is no training: it notes that it ran, and ends."""
+    folder = Path("out", name).resolve()
+    lines = ["import json, os, pathlib, sys", f"folder = pathlib.Path({str(folder)!r})"]
+    lines += ["folder.mkdir(parents=True, exist_ok=True)"]
+    lines += ["print('ran', flush=True)", code or "(folder / 'result.json').write_text('{}')"]
+    return sweep.Job("bc", folder, [sys.executable, "-c", "\n".join(lines)], {}, 10)
+
+
+def ran(job) -> int:
+    return job.log.read_text().split("\n").count("ran")
+
+
+# ---- the plan
+
+
+def test_every_combination_has_a_folder_of_its_own(sweep):
+    argv = ["--algorithms", "bc", "bc_10", "--tasks", "hopper-medium", "pen-human"]
+    argv += ["--seeds", "0", "4", "--set", "actor_lr=1e-3,3e-4", "num_seeds=4", "--out", "out"]
+    jobs = sweep.plan(sweep.parse(argv))
+    assert len(jobs) == len({job.folder for job in jobs}) == 16
+    first = jobs[0]
+    assert first.folder == Path("out/bc/hopper-medium/actor_lr=1e-3/s0").resolve()
+    assert first.config["actor_lr"] == 1e-3 and first.config["num_seeds"] == 4
+    assert [first.command[i] for i in (0, 2, -2, -1)] == [
+        sys.executable,
+        "--config",
+        "--resume",
+        "true",
+    ]
+    assert {Path(job.command[1]).name for job in jobs} == {"bc.py"}
+    assert {job.config["top_fraction"] for job in jobs if job.algorithm == "bc_10"} == {0.1}
+
+
+def test_a_file_and_the_words_that_take_its_place(sweep):
+    text = {"algorithms": ["bc"], "tasks": ["hopper-medium"], "seeds": [3], "out": "here"}
+    text["settings"] = {"num_updates": 7, "actor_lr": [1e-3, 1e-4]}
+    Path("s.yaml").write_text(yaml.safe_dump(text))
+    (one, two) = sweep.plan(sweep.parse(["s.yaml", "--set", "num_updates=9", "--out", "there"]))
+    assert (one.updates, two.updates) == (9, 9) and one.config["seed"] == 3
+    assert one.folder == Path("there/bc/hopper-medium/actor_lr=0.001/s3").resolve()
+    cal_ql = sweep.plan(sweep.parse([*"--algorithms cal_ql --tasks antmaze-umaze --out o".split()]))
+    config = cal_ql[0].config
+    assert config["online_steps"] and cal_ql[0].updates == config["num_updates"] + (
+        config["online_steps"] * config["updates_per_step"]
+    )
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["--tasks", "hopper-medium", "--out", "o"], "algorithms"),
+        (["--algorithms", "bc", "--out", "o"], "tasks"),
+        (["--algorithms", "bc", "--tasks", "hopper-medium"], "out"),
+        (["--algorithms", "sac", "--tasks", "hopper-medium", "--out", "o"], "sac"),
+        (["--algorithms", "bc", "--tasks", "hoper", "--out", "o"], "hoper"),
+        (line(actor_lr="fast"), "actor_lr"),
+        (line(expectile=0.7), "expectile"),
+        (line(actor_lr="1e-3,3"), "actor_lr"),
+        ([*line(), "--seeds", "x"], "--seeds"),
+        ([*line(), "alone"], "alone"),
+        (["none.yaml"], "none.yaml"),
+        (["list.yaml"], "list.yaml"),
+        (["kinds.yaml"], "tasks"),
+        (["more.yaml"], "task"),
+        (["broken.yaml"], "broken.yaml"),
+    ],
+)
+def test_a_sweep_that_makes_no_sense(sweep, capsys, argv, named):
+    Path("list.yaml").write_text("- a\n")
+    Path("kinds.yaml").write_text("tasks: hopper-medium\n")
+    Path("more.yaml").write_text("task: [hopper-medium]\n")
+    Path("broken.yaml").write_text("a: [")
+    before = contents()
+    assert sweep.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and named in error
+    assert contents() == before
+
+
+# ---- running
+
+
+def test_a_run_that_fails_is_tried_twice_and_then_told(sweep, monkeypatch, capsys):
+    fails = stand_in(sweep, "fails", "sys.exit('error: no such thing')")
+    once = "(folder / 'tried').exists() or (sys.exit(2 * ((folder / 'tried').write_text('') + 1)))"
+    second = stand_in(sweep, "second", f"{once}; (folder / 'result.json').write_text('')")
+    jobs = [fails, second, stand_in(sweep, "good")]
+    monkeypatch.setattr(sweep, "plan", lambda _: jobs)
+    assert sweep.main(line()) == 1
+    out, err = capsys.readouterr()
+    assert "3 runs in out, 0 of them finished" in out and "2 of 3 done, 0 running, 1 failed" in out
+    assert err.count("\n") == 1 and str(fails.folder) in err and "no such thing" in err
+    assert [ran(job) for job in jobs] == [2, 2, 1]
+    assert sweep.main(line()) == 1  # what is finished is not run again
+    assert [ran(job) for job in jobs] == [4, 2, 1]
+
+
+def test_a_run_that_an_earlier_sweep_left_behind_is_waited_for(sweep):
+    job = stand_in(sweep, "held")
+    job.folder.mkdir(parents=True)
+    with open(job.folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        thread = threading.Thread(target=sweep.run, args=(job,))
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive() and not job.log.exists()
+        (job.folder / "result.json").write_text("{}")  # its process ends
+    thread.join(10)
+    assert not thread.is_alive() and not job.log.exists()
+
+
+def test_killed_and_started_again_it_loses_and_repeats_nothing(sweep, capsys):
+    """Its runs outlive it: the next sweep waits for them, and goes on with what was stopped."""
+    settings = {"num_updates": 900, "eval_every": 300, "log_every": 100, "checkpoint_every": 100}
+    argv = line("--seeds", "0", "1", "2", "--workers", "2", **settings)
+    command = [sys.executable, REPOSITORY / "tools" / "sweep.py", *argv]
+    folders = [Path("out/bc/hopper-medium", f"s{seed}") for seed in range(3)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        until = time.monotonic() + 120
+        while not (folders[0] / "checkpoint.pt").exists():
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+        process.kill()
+    owner = (folders[0] / "lock").read_text().split()[1]
+    os.kill(int(owner), signal.SIGKILL)  # one of its runs is gone, the other goes on
+    assert sweep.main(argv) == 0
+    assert "3 of 3 done" in capsys.readouterr().out
+    bc = load_script("bc")
+    for seed, folder in enumerate(folders):
+        assert bc.main(words(**{**SMALL, **settings, "seed": seed, "run_dir": f"alone{seed}"})) == 0
+        for name in ("metrics.jsonl", "episodes.jsonl"):
+            logs = [rows(place / name) for place in (folder, Path(f"alone{seed}"))]
+            assert logs[0] == logs[1]
+    before = contents("out")
+    assert sweep.main(argv) == 0 and contents("out") == before
+    assert sweep.main([*argv, "batch_size=9"]) == 2
+    assert "batch_size is 8 there, not 9" in capsys.readouterr().err
+    assert contents("out") == before
+
+
+def test_interrupted_it_stops_its_runs(sweep, monkeypatch, capsys):
+    code = "import time, signal; signal.signal(15, lambda *_: sys.exit(130)); time.sleep(60)"
+    jobs = [stand_in(sweep, name, code) for name in "abc"]
+    monkeypatch.setattr(sweep, "plan", lambda _: jobs)
+
+    def interrupt():
+        while not all(job.log.exists() and ran(job) for job in jobs[:2]):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt).start()
+    began = time.monotonic()
+    assert sweep.main(line("--workers", "2")) == 130 and time.monotonic() - began < 20
+    assert capsys.readouterr().err == "interrupted: the same command goes on\n"
+    until = time.monotonic() + 20
+    while sweep.CHILDREN:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert [ran(job) for job in jobs[:2]] == [1, 1] and not jobs[2].log.exists()
+
+
+def test_on_a_ray_cluster_of_two_workers(sweep, monkeypatch, capsys):
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    import ray
+
+    jobs = [stand_in(sweep, name) for name in "abc"]
+    jobs += [stand_in(sweep, "fails", "sys.exit('error: no such thing')")]
+    monkeypatch.setattr(sweep, "plan", lambda _: jobs)
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1)
+        assert sweep.main(line("--address", cluster.address)) == 1
+        out, err = capsys.readouterr()
+        assert "3 of 4 done, 0 running, 1 failed" in out and "no such thing" in err
+        assert [ran(job) for job in jobs] == [1, 1, 1, 2]
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def test_through_submitit(sweep, monkeypatch, capsys):
+    pytest.importorskip("submitit")
+    jobs = [stand_in(sweep, "a"), stand_in(sweep, "fails", "sys.exit('error: no such thing')")]
+    monkeypatch.setattr(sweep, "plan", lambda _: jobs)
+    assert sweep.main(line("--slurm", "local")) == 1
+    out, err = capsys.readouterr()
+    assert "1 of 2 done, 0 running, 1 failed" in out and "no such thing" in err
+    assert [ran(job) for job in jobs] == [1, 2]
+
+
+# ---- what it tells
+
+
+def test_the_time_that_is_left(sweep, monkeypatch):
+    """bc takes 100 s a run, of which two are half done; of iql nothing is known yet: 100 s, too."""
+    jobs = [stand_in(sweep, name) for name in "abcd"]
+    jobs[3].algorithm = "iql"
+    for job, update in zip(jobs, (None, 2, None, None), strict=True):
+        job.folder.mkdir(parents=True)
+        if update:
+            (job.folder / "metrics.jsonl").write_text(json.dumps({"update": update}) + "\n")
+    now = time.time()
+    monkeypatch.setattr(sweep.time, "time", lambda: now)
+    watch = sweep.Watch(jobs, [Future() for _ in jobs], 0)
+    assert not watch.look() and watch.seconds_left() is None
+    for job, update in ((jobs[0], 5), (jobs[1], 7)):
+        job.log.write_text("")
+        os.utime(job.log, (now, now))
+        (job.folder / "metrics.jsonl").write_text(f'{{"update": 1}}\n{{"update": {update}}}\n')
+    assert not watch.look() and len(watch.began) == 2
+    now += 50
+    assert watch.seconds_left() == pytest.approx((50 + 30 + 100 + 100) / 2)
+
+
+def test_a_row_that_is_being_written_is_no_progress_yet(sweep):
+    job = stand_in(sweep, "a")
+    assert job.done() == 0
+    job.folder.mkdir(parents=True)
+    for text in ("", '{"upda', '{"update": 5}', "[]\n"):
+        (job.folder / "metrics.jsonl").write_text(text)
+        assert job.done() == 0
+    (job.folder / "metrics.jsonl").write_text('{"update": 4}\n{"up')
+    assert job.done() == 0.4
+    (job.folder / "metrics.jsonl").write_text('{"update": 4}\n{"update": 5}\n')
+    assert job.done() == 0.5

@@ -1,0 +1,356 @@
+"""Run algorithms x tasks x seeds x settings: on this machine, a Ray cluster or Slurm.
+
+    python tools/sweep.py sweep.yaml
+    python tools/sweep.py --algorithms bc iql --tasks hopper-medium --seeds 0 1 2 3 --out runs/first
+    python tools/sweep.py --algorithms iql --tasks hopper-medium --set tau=0.01,0.005 --out runs/t
+
+The file holds `algorithms` (folders of configs/), `tasks` (their files), `seeds` (first seeds),
+`settings` (field: value, or a list of values to try), `out` (a folder) and `slurm` (parameters of
+submitit); what the command line says takes their place. A run lies in
+OUT/<algorithm>/<task>/<values tried>/s<seed>, and what it prints beside it in s<seed>.log.
+
+Started again, a sweep skips what is finished, goes on with what was interrupted and waits for runs
+that an earlier start left behind. A run that fails is tried twice. Exit code: 0, 1 where runs
+failed, 2 where the sweep makes no sense, 130 where it was interrupted.
+
+    here              one process a core (--workers), one thread each
+    --address A       a Ray cluster; this repository and OUT lie at the same paths everywhere
+    --slurm           an array of Slurm jobs through submitit; the same
+"""
+
+import argparse
+import contextlib
+import fcntl
+import functools
+import importlib.util
+import itertools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import pyrallis
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SCRIPTS = {"bc_10": "bc"}  # of configs' folders that are not named as their script
+# Settings that a finished run may have otherwise: its data was not to be had, or nothing depends.
+FREE = ("dataset_id", "fallback_dataset_id", "download", "env_id", "env_kwargs", "ref_min_score")
+FREE += ("ref_max_score", "run_dir", "resume", "checkpoint", "wandb", "wandb_project")
+PAUSE = 0.5  # seconds between looks at the runs
+
+
+class SweepError(Exception):
+    """What is wrong with the sweep and how to mend it, in one line."""
+
+
+@dataclass
+class Job:
+    """A run: its command, its folder, and how far it is."""
+
+    algorithm: str
+    folder: Path
+    command: list  # of strings
+    config: dict
+    updates: int  # in all
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_suffix(".log")
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "result.json").exists()
+
+    def done(self) -> float:
+        """The share of its updates that is logged."""
+        try:
+            with open(self.folder / "metrics.jsonl", "rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
+                whole = file.read().rpartition(b"\n")[0]  # a row may be in writing
+                return json.loads(whole.splitlines()[-1])["update"] / self.updates
+        except (OSError, ValueError, IndexError, KeyError, TypeError):
+            return 0.0  # nothing is logged yet
+
+
+@functools.cache
+def load_script(name: str):
+    """algorithms/NAME.py as a module."""
+    path = REPOSITORY / "algorithms" / f"{name}.py"
+    if not path.is_file():
+        raise SweepError(f"algorithms: there is no {path}")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def plan(args) -> list[Job]:
+    """Every run of the sweep. Raises SweepError where one of them could not begin."""
+    tried = {k: v if isinstance(v, list) else [v] for k, v in args.settings.items()}
+    cases = [dict(zip(tried, values, strict=True)) for values in itertools.product(*tried.values())]
+    shown = [name for name, values in tried.items() if len(values) > 1]
+    axes = (args.algorithms, args.tasks, cases, args.seeds)
+    return [make_job(args.out, shown, *one) for one in itertools.product(*axes)]
+
+
+def make_job(out: str, shown: list, algorithm: str, task: str, case: dict, seed: int) -> Job:
+    """One run; its settings are read by its own script."""
+    script = load_script(SCRIPTS.get(algorithm, algorithm))
+    config = REPOSITORY / "configs" / algorithm / f"{task}.yaml"
+    if not config.is_file():
+        raise SweepError(f"tasks: there is no {config}")
+    tried = ",".join(f"{name}={case[name]}" for name in shown)
+    folder = Path(out, algorithm, task, tried, f"s{seed}").resolve()
+    words = {"config": config, **case, "seed": seed, "run_dir": folder}
+    line = [word for k, v in words.items() for word in (f"--{k}", str(v))]
+    try:
+        settings = script.parse(script.TrainConfig, line)
+    except script.RunError as error:
+        raise SweepError(f"{algorithm} on {task}: {error}") from None
+    online = getattr(settings, "online_steps", 0) * getattr(settings, "updates_per_step", 0)
+    updates, config = settings.num_updates + online, pyrallis.encode(settings)
+    command = [sys.executable, script.__file__, *line, "--resume", "true"]
+    job = Job(algorithm, folder, command, config, updates)
+    if job.finished:
+        there = yaml.safe_load((folder / "config.yaml").read_bytes())
+        for name in job.config.keys() - FREE:
+            if there.get(name) != job.config[name]:
+                what = f"{name} is {there.get(name)!r} there, not {job.config[name]!r}"
+                raise SweepError(f"{folder} holds another run ({what}): give another --out")
+    return job
+
+
+CHILDREN = set()  # processes that train for this one
+
+
+def run(job: Job) -> str:
+    """Train to the end; returns "" or, after two attempts, the last error. Signals end it early."""
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
+    for _ in range(2):
+        wait_for_owner(job.folder)
+        if job.finished:
+            return ""
+        with open(job.log, "a+b") as log:
+            log.write(f"$ {shlex.join(job.command)}\n".encode())
+            log.flush()
+            start, options = log.tell(), {"stdout": log, "stderr": log, "env": environment}
+            child = subprocess.Popen(job.command, cwd=REPOSITORY, **options)
+            CHILDREN.add(child)
+            code = child.wait()
+            CHILDREN.discard(child)
+            log.seek(start)
+            lines = log.read().decode(errors="replace").split("\n")
+        error = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
+        if code in (0, 130):  # 130: stopped by a signal
+            return error if code else ""
+    return error
+
+
+def wait_for_owner(folder: Path) -> None:
+    """Wait for a process that an earlier sweep left behind and that still trains there."""
+    if (folder / "lock").exists():
+        with open(folder / "lock", "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+
+
+# ---- where runs are executed: each gives, of all jobs, what has done(), result() and cancel()
+
+
+def local(args, jobs: list) -> list:
+    pool = ThreadPoolExecutor(args.workers or os.cpu_count())
+    return [pool.submit(run, job) for job in jobs]
+
+
+def on_ray(args, jobs: list) -> list:
+    with asked_for("ray"):
+        import ray
+    ray.init(address=args.address, log_to_driver=False, logging_level="ERROR")
+    remote = ray.remote(num_cpus=1, num_gpus=args.gpus)(run)
+    return [remote.remote(job).future() for job in jobs]
+
+
+def on_slurm(args, jobs: list) -> list:
+    with asked_for("submitit"):
+        import submitit
+    executor = submitit.AutoExecutor(folder=Path(args.out, "slurm"), cluster=args.slurm)
+    executor.update_parameters(**args.parameters)
+    return executor.map_array(run, jobs)
+
+
+@contextlib.contextmanager
+def asked_for(package: str):
+    try:
+        yield
+    except ImportError:
+        raise SweepError(f"this asks for: pip install {package}") from None
+
+
+# ---- watching
+
+
+class Watch:
+    """How many runs are done, running and failed, and how long the rest may take."""
+
+    def __init__(self, jobs: list, futures: list, skipped: int):
+        self.pairs, self.skipped = list(zip(jobs, futures, strict=True)), skipped
+        self.before = [job.done() for job in jobs]  # by earlier sweeps
+        self.start, self.told = time.time(), 0.0
+        self.began, self.ended, self.errors = (
+            {},
+            {},
+            {},
+        )  # number of a job -> time, time, last error
+
+    def look(self) -> bool:
+        """Note what has begun and ended; whether all have."""
+        for i, (job, future) in enumerate(self.pairs):
+            if i not in self.began and job.log.exists() and job.log.stat().st_mtime >= self.start:
+                self.began[i] = time.time()
+            if i not in self.ended and future.done():
+                self.ended[i] = time.time()
+                error = outcome(future)
+                self.errors |= {i: error} if error else {}
+        return len(self.ended) == len(self.pairs)
+
+    def seconds_left(self) -> float | None:
+        """From what the runs of an algorithm took for the share of their updates that is done."""
+        whole, shares = {}, [job.done() for job, _ in self.pairs]
+        for i, began in self.began.items():
+            share = (1 if i in self.ended else shares[i]) - self.before[i]
+            if share > 0 and i not in self.errors:
+                took = (self.ended.get(i, time.time()) - began) / share
+                whole.setdefault(self.pairs[i][0].algorithm, []).append(took)
+        if not whole:
+            return None
+        means = {name: sum(took) / len(took) for name, took in whole.items()}
+        usual = sum(means.values()) / len(means)
+        rest = [i for i in range(len(shares)) if i not in self.ended]
+        left = sum((1 - shares[i]) * means.get(self.pairs[i][0].algorithm, usual) for i in rest)
+        return left / max(1, len(self.began.keys() - self.ended.keys()))
+
+    def tell(self) -> None:
+        """A line on standard output, on a terminal the same one."""
+        live, over = sys.stdout.isatty(), len(self.ended) == len(self.pairs)
+        if not over and time.monotonic() - self.told < (1 if live else 30):
+            return
+        self.told, left = time.monotonic(), self.seconds_left()
+        done = self.skipped + len(self.ended) - len(self.errors)
+        running = len(self.began.keys() - self.ended.keys())
+        text = f"{done} of {self.skipped + len(self.pairs)} done, {running} running, "
+        text += f"{len(self.errors)} failed"
+        text += "" if over or left is None else f", {timedelta(seconds=round(left))} left"
+        print(text.ljust(79), end="\r" if live and not over else "\n", flush=True)
+
+
+def outcome(future) -> str:
+    """The last error of a run, also where its machine was lost."""
+    try:
+        return future.result()
+    except Exception as error:  # Ray and submitit have errors of their own
+        return f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
+
+
+def sweep(args) -> int:
+    """Run what is not finished and wait for it."""
+    jobs = plan(args)
+    rest = [job for job in jobs if not job.finished]
+    print(f"{len(jobs)} runs in {args.out}, {len(jobs) - len(rest)} of them finished", flush=True)
+    where = on_ray if args.address else on_slurm if args.slurm else local
+    futures = where(args, rest)
+    watch = Watch(rest, futures, len(jobs) - len(rest))
+    try:
+        while not watch.look():
+            watch.tell()
+            time.sleep(PAUSE)
+    except KeyboardInterrupt:
+        for future in futures:
+            future.cancel()
+        for child in list(CHILDREN):
+            child.terminate()  # it saves a checkpoint
+        raise
+    watch.tell()
+    for i, error in watch.errors.items():
+        print(f"failed: {rest[i].folder}: {error} (see {rest[i].log})", file=sys.stderr)
+    return 1 if watch.errors else 0
+
+
+# ---- command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise SweepError(f"{message}: --help shows how to call this")
+
+
+def parse(argv) -> argparse.Namespace:
+    """The sweep: the file's, with the command line's words in their place."""
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = Parser(description=__doc__, **style)
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="a YAML file")
+    parser.add_argument("--algorithms", nargs="+", metavar="A", help="folders of configs/")
+    parser.add_argument("--tasks", nargs="+", metavar="T", help="files there, without .yaml")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="S", help="first seeds (0)")
+    parser.add_argument("--set", nargs="+", metavar="FIELD=VALUE[,VALUE]", help="settings")
+    parser.add_argument("--out", help="folder of the runs")
+    parser.add_argument("--workers", type=int, help="runs at once on this machine (its cores)")
+    parser.add_argument("--address", help="of a Ray cluster")
+    parser.add_argument("--gpus", type=float, default=0, help="of a run on Ray, such as 0.25")
+    parser.add_argument("--slurm", nargs="?", const="slurm", help="submit to Slurm")
+    args = parser.parse_args(argv)
+    values = read(args.file) if args.file else {}
+    unknown = values.keys() - {"algorithms", "tasks", "seeds", "settings", "out", "slurm"}
+    if unknown:
+        raise SweepError(f"{args.file}: there is no {min(unknown)}; --help says what there is")
+    pairs = [word.partition("=") for word in args.set or ()]
+    for word, equals, _ in pairs:
+        if not equals:
+            raise SweepError(f"--set {word}: write it as FIELD=VALUE or FIELD=VALUE,VALUE")
+    named = {name: text.split(",") if "," in text else text for name, _, text in pairs}
+    args.settings = {**(values.get("settings") or {}), **named}
+    args.parameters = values.get("slurm") or {}
+    for name, usual in (("algorithms", []), ("tasks", []), ("seeds", [0]), ("out", "")):
+        setattr(args, name, getattr(args, name) or values.get(name) or usual)
+        if not getattr(args, name):
+            raise SweepError(f"{name}: nothing is named; --{name} or a line of the file does it")
+    return args
+
+
+def read(path: Path) -> dict:
+    """A sweep's file."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SweepError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    kinds = {"settings": dict, "slurm": dict, "out": str}
+    if not isinstance(values, dict):
+        raise SweepError(f"{path} holds no sweep: write lines like 'algorithms: [bc, iql]'")
+    for name, value in values.items():
+        if not isinstance(value, kinds.get(name, list)):
+            kind = {dict: "a mapping", str: "text", list: "a list"}[kinds.get(name, list)]
+            raise SweepError(f"{path}: {name} is not {kind}")
+    return values
+
+
+def main(argv=None) -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return sweep(parse(argv))
+    except (SweepError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
