@@ -146,11 +146,12 @@ def checked(spec: dataclasses.Field, raw):
     choices = spec.metadata.get("choices")
     with contextlib.suppress(Exception):  # YAML's tags have errors of their own
         shown, text = repr(raw), str(raw).lower()
-        text.encode()  # what is no UTF-8 can be written nowhere
         if kind is dict:
             return {**(yaml.load(raw, UniqueKeys) if isinstance(raw, str) else raw)}
-        if kind is str and (text in choices if choices else isinstance(raw, str)):
-            return text if choices else raw
+        if kind is str and choices and text in choices:
+            return text
+        if kind is str and not choices and isinstance(raw, str) and raw.isprintable():
+            return raw
         if kind is bool and text in ("true", "false"):
             return text == "true"
         if kind == Optional[float] and text in ("none", "null"):
@@ -429,6 +430,7 @@ class TD3BC(Agent):
 SCRIPT = Path(__file__).resolve()
 NAMES = {"action": "actions", "obs": "observations", "reward": "rewards"}
 NAMES |= {"terminated": "terminations", "truncated": "truncations"}  # as Minari has them
+PACKAGES = ("gymnasium_robotics", "ogbench")  # whose environments are known where they are there
 WRAPPERS = ("ClipAction", "ClipReward", "DtypeObservation", "FilterObservation", "TimeLimit")
 WRAPPERS += ("FlattenObservation", "FrameStackObservation", "RescaleAction", "RescaleObservation")
 WRAPPERS += ("ReshapeObservation", "TimeAwareObservation")  # that keep no statistics
@@ -523,7 +525,8 @@ def read_episode(stored: dict, storage, where: str) -> dict:
         shape = shapes.get(name, (steps,))  # one of (T, 1) is right, too
         right = steps and len(values) == shape[0] and values.size == math.prod(shape)
         if right:
-            values = episode[name] = values.reshape(shape)
+            native = values.dtype.newbyteorder("=")
+            values = episode[name] = values.reshape(shape).astype(native, copy=False)
             unknown = name == "obs" and np.isnan(values[-1]).all()
             right = (np.abs(values[:-1] if unknown else values) < 3e38).all()  # float32's range
         if right and name == "action":
@@ -569,7 +572,9 @@ def find_environment(cfg, metadata: dict, agent: nn.Module) -> tuple:
     mend = "name another, one of a module of yours (module:Id-v0), or none"
     with explained(f"env_id {cfg.env_id} does not start, {mend}"):
         with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
-            import gymnasium_robotics  # noqa: F401, it registers its environments
+            for package in PACKAGES:
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(package)  # it registers its environments
         module, _, env_id = cfg.env_id.rpartition(":")
         if module:
             importlib.import_module(module)  # the user's own word
@@ -1059,6 +1064,9 @@ def parse(config_class, argv=None):
     if path is None and given.get("resume", "").lower() == "true" and own.is_file():
         path = own
     values = {**(read_yaml(path) if path is not None else {}), **given}
+    env_id = str(values.get("env_id"))
+    word = f"config {path}: {env_id} is imported on your own word only: add --env_id {env_id}"
+    check(":" not in env_id or "env_id" in given, word)
     unknown = values.keys() - {spec.name for spec in dataclasses.fields(config_class)}
     where = f"config {path}: " if path is not None else ""
     mend = "--config FILE reads a file, --help lists the settings"

@@ -281,5 +281,7 @@ def test_a_number_of_thousands_of_digits(iql, refused):
 
 
 @pytest.mark.parametrize("name", ["run_dir", "label", "dataset_id"])
-def test_text_that_is_no_utf_8(iql, refused, name):
-    refused(iql, words(**{name: "a\udcff"}), name)
+@pytest.mark.parametrize("text", ["a\udcff", "a\0b", "a\nb"])
+def test_text_that_cannot_be_printed(iql, refused, name, text):
+    """Of other bytes than UTF-8, with a NUL or with several lines."""
+    refused(iql, words(**{name: text}), name)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import gymnasium as gym
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -117,6 +118,40 @@ def test_the_environment_of_a_checkpoint_is_not_imported(iql, capsys):
     torch.save(content, "run/checkpoint.pt")
     assert load_tool("tools/policy.py").main(["evaluate", "run"]) == 2
     assert "--env_id evil:Own-v0" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("evil")
+def test_the_environment_of_a_config_is_not_imported(iql, refused):
+    """A file is passed on from hand to hand; the command line is one's own."""
+    Path("c.yaml").write_text("env_id: evil:Own-v0\n")
+    refused(iql, words(config="c.yaml"), "c.yaml", "--env_id evil:Own-v0")
+    assert iql.main(words(config="c.yaml", env_id="auto")) == 0
+
+
+def test_a_resumed_run_asks_again_for_the_word(iql, refused, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    place = "gymnasium.envs.classic_control:PendulumEnv"
+    text = f"import gymnasium\ngymnasium.register('Own-v0', '{place}', max_episode_steps=5)\n"
+    Path("own_env.py").write_text(text)
+    assert iql.main(words(env_id="own_env:Own-v0")) == 0
+    resume = ["--run_dir", "run", "--resume", "true"]
+    refused(iql, resume, "--env_id own_env:Own-v0")
+    assert iql.main([*resume, "--env_id", "own_env:Own-v0"]) == 0
+    gym.registry.pop("Own-v0")
+
+
+def test_big_endian_arrays(iql):
+    episodes = toy_episodes()
+    data = write_dataset(Path("store"), "own-v0", episodes)
+    with h5py.File(data / "main_data.hdf5", "r+") as file:
+        for name in ("rewards", "observations", "actions"):
+            values = file[f"episode_0/{name}"][:]
+            del file[f"episode_0/{name}"]
+            file[f"episode_0/{name}"] = values.astype(values.dtype.newbyteorder(">"))
+    assert iql.main(words(**OWN)) == 0
+    assert iql.main(words(run_dir="toy")) == 0
+    fingerprints = [saved(name)["about"]["fingerprint"] for name in ("run", "toy")]
+    assert fingerprints[0] == fingerprints[1]
 
 
 def test_aliases_that_explode(iql, refused):
