@@ -18,6 +18,7 @@ def test_run_leaves_a_whole_folder(script, capsys):
         "episodes.jsonl",
         "checkpoint.pt",
         "result.json",
+        "lock",
     }
     result = json.loads(Path("run/result.json").read_text())
     assert result["dataset_id"] == TOY
