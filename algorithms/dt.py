@@ -599,8 +599,9 @@ def find_dataset(cfg) -> Path:
     for file in filter(Path.is_file, files):
         return file.parent
     mend = f"check its name (as in me/set-v0) and the store {minari.storage.get_dataset_path()}"
-    if name.startswith("D4RL/"):
-        mend = f"python datasets/d4rl.py {name[5:].replace('/', '-')}"
+    space, _, task = name.partition("/")
+    if space in ("D4RL", "ogbench"):
+        mend = f"python datasets/{space.lower()}.py {task.replace('/', '-')}"
     check(cfg.fallback_dataset_id, f"dataset_id {name or '(not set)'} is not here: {mend}")
     told = f"WARNING: {name} is not here. Training on {cfg.fallback_dataset_id}:\nOTHER DATA, its "
     told += f"scores are NOT comparable with published ones. For the real data:\n{mend}"
@@ -755,20 +756,20 @@ def try_environment(env: gym.Env, agent: nn.Module) -> None:
 
 
 def env_step(env: gym.Env, action=None, seed: Optional[int] = None) -> tuple:
-    """A step, or a reset with a seed: observation [obs_dim], reward, terminated, truncated."""
+    """A step, or a reset with a seed: obs [obs_dim], reward, terminated, truncated, info."""
     with explained(f"the environment {env.spec.id} fails"):
         if action is None:
-            obs, reward, ends = env.reset(seed=seed)[0], 0.0, (False, False)
+            obs, reward, *ends, info = env.reset(seed=seed)[0], 0.0, False, False, {}
         else:
             space = env.action_space
             action = np.asarray(action, np.float64).reshape(space.shape)
             action = np.rint(action) if space.dtype.kind in "iu" else action
             action = action.clip(space.low, space.high).astype(space.dtype)
-            obs, reward, *ends, _ = env.step(action)
+            obs, reward, *ends, info = env.step(action)
         obs, reward = flatten_obs(env.observation_space, obs), np.asarray(reward, float).item()
     finite = math.isfinite(reward) and np.isfinite(obs).all()
     check(finite, f"the environment {env.spec.id} fails: NaN or infinite numbers")
-    return obs.astype(np.float32), reward, *map(bool, ends)
+    return obs.astype(np.float32), reward, *map(bool, ends), info
 
 
 # <<< shared: data
@@ -779,11 +780,12 @@ def evaluate(agent: nn.Module, spec, references: tuple, episodes: int) -> list:
     """Play `episodes` episodes with every member and target, `max_envs` of them side by side.
 
     Episode i starts from `eval_seed` + i for every member and any training seed. A row an episode:
-    seed, target, episode, return (undiscounted), length, score (None without reference returns).
+    seed, target, episode, return (undiscounted), length, score: by the reference returns; without
+    them 100 or 0 where the environment's last info says whether it was a success, else None.
     """
     cfg, rows, targets = agent.cfg, [], [float(target) for target in agent.targets()]
     tasks = list(itertools.product(targets, range(episodes), range(cfg.num_seeds)))
-    (low, high), device = references, agent.obs_mean.device
+    (low, high), device, success = references, agent.obs_mean.device, {}
     for first in range(0, len(tasks), cfg.max_envs):
         played = tasks[first : first + cfg.max_envs]
         columns = list(dict.fromkeys(task[:2] for task in played))
@@ -800,13 +802,15 @@ def evaluate(agent: nn.Module, spec, references: tuple, episodes: int) -> list:
             time = torch.arange(int(totals[..., 1].max()) + 1, device=device)[-cfg.context :]
             past[1][-1] = actions = agent.act(*window, time).cpu().numpy()
             for at, env in list(envs.items()):
-                obs[at], reward, *ends = env_step(env, actions[at])
+                obs[at], reward, *ends, info = env_step(env, actions[at])
                 totals[at] += reward, 1
                 if any(ends):
                     envs.pop(at).close()
+                    success[at] = 100 * float(info["success"]) if "success" in info else None
         for at, (i, target, episode) in places.items():
             value, length = totals[at].tolist()
-            score = None if None in references else 100 * (value - low) / (high - low)
+            known = None not in references
+            score = 100 * (value - low) / (high - low) if known else success[at]
             row = {"seed": cfg.seeds[i], "target": target, "episode": episode, "return": value}
             rows.append({**row, "length": int(length), "score": score})
     return sorted(rows, key=lambda row: (row["seed"], targets.index(row["target"]), row["episode"]))

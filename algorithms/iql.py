@@ -517,8 +517,9 @@ def find_dataset(cfg) -> Path:
     for file in filter(Path.is_file, files):
         return file.parent
     mend = f"check its name (as in me/set-v0) and the store {minari.storage.get_dataset_path()}"
-    if name.startswith("D4RL/"):
-        mend = f"python datasets/d4rl.py {name[5:].replace('/', '-')}"
+    space, _, task = name.partition("/")
+    if space in ("D4RL", "ogbench"):
+        mend = f"python datasets/{space.lower()}.py {task.replace('/', '-')}"
     check(cfg.fallback_dataset_id, f"dataset_id {name or '(not set)'} is not here: {mend}")
     told = f"WARNING: {name} is not here. Training on {cfg.fallback_dataset_id}:\nOTHER DATA, its "
     told += f"scores are NOT comparable with published ones. For the real data:\n{mend}"
@@ -673,20 +674,20 @@ def try_environment(env: gym.Env, agent: nn.Module) -> None:
 
 
 def env_step(env: gym.Env, action=None, seed: Optional[int] = None) -> tuple:
-    """A step, or a reset with a seed: observation [obs_dim], reward, terminated, truncated."""
+    """A step, or a reset with a seed: obs [obs_dim], reward, terminated, truncated, info."""
     with explained(f"the environment {env.spec.id} fails"):
         if action is None:
-            obs, reward, ends = env.reset(seed=seed)[0], 0.0, (False, False)
+            obs, reward, *ends, info = env.reset(seed=seed)[0], 0.0, False, False, {}
         else:
             space = env.action_space
             action = np.asarray(action, np.float64).reshape(space.shape)
             action = np.rint(action) if space.dtype.kind in "iu" else action
             action = action.clip(space.low, space.high).astype(space.dtype)
-            obs, reward, *ends, _ = env.step(action)
+            obs, reward, *ends, info = env.step(action)
         obs, reward = flatten_obs(env.observation_space, obs), np.asarray(reward, float).item()
     finite = math.isfinite(reward) and np.isfinite(obs).all()
     check(finite, f"the environment {env.spec.id} fails: NaN or infinite numbers")
-    return obs.astype(np.float32), reward, *map(bool, ends)
+    return obs.astype(np.float32), reward, *map(bool, ends), info
 
 
 # <<< shared: data
@@ -697,9 +698,10 @@ def evaluate(agent: nn.Module, spec, references: tuple, episodes: int) -> list:
     """Play `episodes` episodes with every member, `max_envs` of them side by side.
 
     Episode i starts from `eval_seed` + i for every member and any training seed. A row an episode:
-    seed, episode, return (undiscounted), length, score (None without reference returns).
+    seed, episode, return (undiscounted), length, score: by the reference returns; without them 100
+    or 0 where the environment's last info says whether it was a success, else None.
     """
-    cfg, rows, (low, high) = agent.cfg, [], references
+    cfg, rows, success, (low, high) = agent.cfg, [], {}, references
     tasks = list(itertools.product(range(episodes), range(cfg.num_seeds)))
     for first in range(0, len(tasks), cfg.max_envs):
         played = tasks[first : first + cfg.max_envs]
@@ -711,13 +713,15 @@ def evaluate(agent: nn.Module, spec, references: tuple, episodes: int) -> list:
         while envs:  # those that have ended rest
             actions = agent.act(agent.obs_mean.new_tensor(obs)).cpu().numpy()
             for at, env in list(envs.items()):
-                obs[at], reward, *ends = env_step(env, actions[at])
+                obs[at], reward, *ends, info = env_step(env, actions[at])
                 totals[at] += reward, 1
                 if any(ends):
                     envs.pop(at).close()
+                    success[at] = 100 * float(info["success"]) if "success" in info else None
         for number, i in played:
             value, length = totals[i, number - begin].tolist()
-            score = None if None in references else 100 * (value - low) / (high - low)
+            known = None not in references
+            score = 100 * (value - low) / (high - low) if known else success[i, number - begin]
             row = {"seed": cfg.seeds[i], "episode": number, "return": value}
             rows.append({**row, "length": int(length), "score": score})
     return sorted(rows, key=lambda row: (row["seed"], row["episode"]))
@@ -1192,7 +1196,7 @@ class Online:
         obs, noise = (x.to(self.agent.obs_mean.device) for x in (obs, torch.stack(noise)))
         actions = self.agent.explore(obs, noise).squeeze(1).cpu().numpy()
         steps = [env_step(env, actions[i]) for i, env in enumerate(self.envs)]
-        for i, (obs, reward, terminated, truncated) in enumerate(steps):
+        for i, (obs, reward, terminated, truncated, _) in enumerate(steps):
             episode, ended = self.running[i], terminated or truncated
             values = (obs, actions[i], reward, terminated)
             for column, value in zip(episode.values(), values, strict=True):

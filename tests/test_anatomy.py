@@ -14,12 +14,12 @@ from conftest import REPOSITORY, SCRIPTS
 FRAME = "# ---- frame: the same in every script ----"
 # Lines of a script, and of the shared blocks that a script with an online phase has.
 # What they hold today, and no more; the aim is 640 for bc.py and 820 for iql.py.
-TOTALS = {"bc": 1029, "bcq": 1138, "brac": 1190, "td3_bc": 1192, "awac": 1225, "rebrac": 1248}
-TOTALS |= {"iql": 1239, "dt": 1234, "cql": 1296, "cal_ql": 1305}
+TOTALS = {"bc": 1033, "bcq": 1142, "brac": 1194, "td3_bc": 1196, "awac": 1229, "rebrac": 1252}
+TOTALS |= {"iql": 1243, "dt": 1238, "cql": 1300, "cal_ql": 1309}
 BLOCKS = ["config", "online_config", "networks", "layer_norm", "squashed_policy"]
 BLOCKS += ["data", "evaluation", "run", "online"]
 OPTIONAL = ["online_config", "layer_norm", "squashed_policy", "online"]
-SHARED_LINES = 1009  # without layer_norm and squashed_policy; the aim is 580
+SHARED_LINES = 1013  # without layer_norm and squashed_policy; the aim is 580
 MEND = "edit one script, then run: python tests/sync_blocks.py algorithms/<that script>.py"
 
 GLOSSARY = set(

@@ -154,6 +154,19 @@ def test_big_endian_arrays(iql):
     assert fingerprints[0] == fingerprints[1]
 
 
+@pytest.mark.parametrize("name", ["bc", "dt"])
+@pytest.mark.parametrize("limit, score", [(9, 100), (5, 0)])
+def test_success_is_the_score_where_there_are_no_references(name, limit, score):
+    """Of an episode's last step; a set with reference returns keeps its scores."""
+    script = load_script(name)
+    more = {"env_id": "TrustSuccess-v0", "env_kwargs": f"{{max_episode_steps: {limit}}}"}
+    assert script.main(words(**more)) == 0
+    assert {row["score"] for row in rows("run/episodes.jsonl")} == {score}
+    known = {"ref_min_score": -1e4, "ref_max_score": 1e4, "run_dir": "known"}
+    assert script.main(words(**more, **known)) == 0
+    assert {row["score"] for row in rows("known/episodes.jsonl")}.isdisjoint({0, 100})
+
+
 def test_aliases_that_explode(iql, refused):
     """In a file and on the command line, within a moment."""
     bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n"
@@ -198,7 +211,20 @@ class Mixed(PendulumEnv):
         return {"pos": super()._get_obs(), "mode": 2, "flags": (np.int8([1, 0]), np.float32(0.5))}
 
 
-for kind in (Endless, Window, Column, Mixed):
+class Success(PendulumEnv):
+    """Says at every step whether it is a success; the sixth is."""
+
+    def reset(self, **kwargs):
+        self.count = 0
+        return super().reset(**kwargs)
+
+    def step(self, action):
+        obs, reward, *_ = super().step(action)
+        self.count += 1
+        return obs, reward, self.count == 6, False, {"success": np.bool_(self.count == 6)}
+
+
+for kind in (Endless, Window, Column, Mixed, Success):
     gym.register(f"Trust{kind.__name__}-v0", kind, max_episode_steps=None)
 
 
