@@ -22,6 +22,7 @@ NAMES = {
     "awac_temperature",
     "bcq_support",
     "cql_pessimism",
+    "xql_soft_maximum",
     "stitching",
     "dt_targets",
 }
@@ -162,6 +163,15 @@ def test_criteria_fail_where_the_claim_is_wrong():
         learned = {"CQL": [1.0, cql], "SAC": [9.0, 9.0]}
         true = {"CQL": [2.0, 2.0], "SAC": [2.0, 2.0]}
         assert holds("cql_pessimism", learned_value=learned, true_value=true) is right
+    for fitted, exact, iql, right in (
+        ([0.1, 0.4], [0.14, 0.4], 0.3, True),
+        ([0.1, 0.4], [0.16, 0.4], 0.3, False),
+        ([0.1, 0.4], [0.1, 0.4], 0.41, False),
+        ([0.4, 0.39], [0.4, 0.4], 0.3, False),
+    ):
+        values = {"X-QL": fitted, "soft maximum": exact, "IQL": [0.0, iql, 0.5]}
+        values = {name: {str(i): [v] * 4 for i, v in enumerate(x)} for name, x in values.items()}
+        assert prove.PROOFS["xql_soft_maximum"].holds(values) is right
     for bc, right in ((0.0, True), (0.5, False)):
         reached = {"BC": [0.0, bc], "DT": [0.0, 0.0], "IQL": [1.0, 0.9]}
         name = "share of episodes that reach the goal"

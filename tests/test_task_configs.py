@@ -20,7 +20,7 @@ COMPLETE = ["awac", "bc", "bc_10", "bcq", "brac", "cql", "dt", "iql", "rebrac", 
 ONLINE = ["awac-online", "cal_ql", "cql-online", "iql-online", "rebrac-online"]
 MAZES = ["umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse"]
 HANDS = ["door", "hammer", "pen", "relocate"]
-SCRIPT = {"bc_10": "bc"}  # where a folder is not named as its script
+SCRIPT = {"bc_10": "bc", "xql_c": "xql"}  # where a folder is not named as its script
 TASK_FIELDS = {"dataset_id", "download", "fallback_dataset_id", "env_id", "env_kwargs"}
 TASK_FIELDS |= {"ref_min_score", "ref_max_score"}
 
@@ -65,6 +65,13 @@ def test_the_table_has_the_current_tasks():
 @pytest.mark.parametrize("folder", COMPLETE)
 def test_every_task_has_a_file(folder):
     assert {path.stem for path in FILES[folder]} == TASKS.keys()
+
+
+def test_xql_has_the_tasks_of_its_settings():
+    """X-QL C, one setting for a suite, is also adroit's."""
+    hands = {f"{hand}-{data}" for hand in HANDS for data in ("human", "cloned")}
+    for folder, tasks in {"xql": XQL_TUNED.keys(), "xql_c": XQL_TUNED.keys() | hands}.items():
+        assert {path.stem for path in FILES[folder]} == tasks
 
 
 @pytest.mark.parametrize("folder", ONLINE)
@@ -258,6 +265,33 @@ TARGETS = {  # by robot, or by the task where it has its own
     "kitchen": "4, 2",
 }
 
+XQL = {**RUN, "gumbel_temperature": 2.0, "value_loss": "rescaled", "max_clip": 7.0}
+XQL |= {"value_updates": 1, "action_noise": 0.0, "random_actions": 0, "hidden_layers": 2}
+XQL |= {"inverse_temperature": 3.0, "cosine_actor_lr": True, "actor_dropout": 0.0}
+XQL |= {"actor_lr": 3e-4, "critic_lr": 3e-4, "value_lr": 3e-4, "label": "X-QL T"}
+XQL_MAZES = {"inverse_temperature": 10.0, "cosine_actor_lr": False, "reward_shift": -1.0}
+XQL_MAZES |= {"eval_every": 30_000, "eval_episodes": 100}
+XQL_TUNED = {  # the authors' scripts: batch, beta, clip and what else they set
+    "halfcheetah-medium": (1024, 1.0, 7.0, {"action_noise": 0.1}),
+    "halfcheetah-medium-expert": (1024, 1.0, 5.0, {}),
+    "halfcheetah-medium-replay": (256, 1.0, 5.0, {}),
+    "hopper-medium": (1024, 5.0, 7.0, {}),
+    "hopper-medium-expert": (1024, 2.0, 7.0, {"random_actions": 1}),
+    "hopper-medium-replay": (256, 2.0, 7.0, {}),
+    "walker2d-medium": (1024, 10.0, 7.0, {}),
+    "walker2d-medium-expert": (256, 2.0, 5.0, {}),
+    "walker2d-medium-replay": (1024, 5.0, 5.0, {}),
+    "antmaze-umaze": (256, 2.0, 7.0, {}),
+    "antmaze-umaze-diverse": (256, 5.0, 7.0, {"random_actions": 1}),
+    "antmaze-medium-play": (256, 0.8, 5.0, {}),
+    "antmaze-medium-diverse": (256, 0.6, 7.0, {"value_updates": 4}),
+    "antmaze-large-play": (1024, 0.6, 5.0, {}),
+    "antmaze-large-diverse": (1024, 0.55, 5.0, {}),
+    "kitchen-complete": (1024, 2.0, 7.0, {}),
+    "kitchen-partial": (1024, 5.0, 7.0, {}),
+    "kitchen-mixed": (1024, 8.0, 7.0, {}),
+}
+
 # of the fine-tuning: CORL's, but for IQL's on antmaze, which are its authors'
 FINE_TUNE = {"online_steps": 1_000_000, "updates_per_step": 1, "online_share": None}
 # CORL has 100 episodes every 50,000: too late to see a drop.
@@ -346,6 +380,23 @@ PUBLISHED = {
     ),
     "bcq": (BCQ, {"maze2d": MAZE2D, "antmaze": ANTMAZE}),
     "brac": (BRAC, {"maze2d": MAZE2D, "antmaze": ANTMAZE}),
+    "xql": (
+        XQL,
+        {
+            "locomotion": {"reward_by_return_range": True},
+            "antmaze": XQL_MAZES,
+            "kitchen": DEXTEROUS,
+        },
+    ),
+    "xql_c": (
+        {**XQL, "label": "X-QL C"},
+        {
+            "locomotion": {"reward_by_return_range": True},
+            "antmaze": {**XQL_MAZES, "gumbel_temperature": 0.6},
+            "adroit": {**DEXTEROUS, "gumbel_temperature": 5.0},
+            "kitchen": {**DEXTEROUS, "gumbel_temperature": 5.0},
+        },
+    ),
     "iql-online": (
         IQL_ONLINE,
         {
@@ -402,6 +453,10 @@ PER_TASK = {
         task: {"target_returns": TARGETS.get(task, TARGETS[task.partition("-")[0]])}
         for task in TASKS
     },
+}
+PER_TASK["xql"] = {
+    task: {"batch_size": batch, "gumbel_temperature": beta, "max_clip": clip, **own}
+    for task, (batch, beta, clip, own) in XQL_TUNED.items()
 }
 PER_TASK["rebrac-online"] = PER_TASK["rebrac"]
 UNTUNED = {  # of <suite>/<task>: settings that nobody published for it
