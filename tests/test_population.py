@@ -28,6 +28,7 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"
 THOROUGH = {"actor_dropout": 0.3, "normalize_obs": "true", "tau": 0.1}
 # Phases that a short run reaches, a learned multiplier, a small network beside hidden_dim's.
 THOROUGH |= {"behavior_updates": 1, "warm_start": 2, "learn_alpha": "true", "vae_hidden_dim": 16}
+THOROUGH |= {"vae_updates": 2}
 METRIC = re.compile(r"(train|eval|time|online)/[a-z0-9_]+")
 
 
