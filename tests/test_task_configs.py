@@ -237,7 +237,13 @@ BRAC |= {"alpha_limit": 500.0, "divergence_threshold": 0.0, "entropy_coef": 0.0,
 BRAC |= {"warm_start": 20_000, "actor_lr": 3e-5, "critic_lr": 1e-3, "behavior_lr": 5e-4}
 BRAC |= {"alpha_lr": 1e-5, "hidden_dim": 200, "critic_hidden_dim": 300, "hidden_layers": 2}
 
-SPOT = {**RUN, "num_updates": 1_100_000, "vae_updates": 100_000, "policy_delay": 2, "kl_weight": 0.5}
+SPOT = {
+    **RUN,
+    "num_updates": 1_100_000,
+    "vae_updates": 100_000,
+    "policy_delay": 2,
+    "kl_weight": 0.5,
+}
 SPOT |= {"policy_noise": 0.2, "noise_clip": 0.5, "density": "elbo", "density_samples": 1}
 SPOT |= {"vae_lr": 1e-3, "critic_lr": 3e-4, "vae_hidden_dim": 750, "hidden_layers": 2}
 SPOT_OTHERS = {"actor_lr": 1e-4, "actor_dropout": 0.0}  # those without dropout
