@@ -17,6 +17,7 @@ FRAME = "# ---- frame: the same in every script ----"
 TOTALS = {"bc": 1033, "bcq": 1142, "brac": 1194, "td3_bc": 1196, "awac": 1229, "rebrac": 1252}
 TOTALS |= {"iql": 1243, "dt": 1238, "cql": 1300, "cal_ql": 1309}
 TOTALS |= {"xql": 1147}
+TOTALS |= {"spot": 1261}
 BLOCKS = ["config", "online_config", "networks", "layer_norm", "squashed_policy"]
 BLOCKS += ["data", "evaluation", "run", "online"]
 OPTIONAL = ["online_config", "layer_norm", "squashed_policy", "online"]

@@ -50,6 +50,8 @@ MORE = {
     "exploration_noise": 0.3,
     "num_actions": 2,
     "lagrange": "false",
+    "vae_updates": 4,
+    "vae_hidden_dim": 16,
 }
 RESUME = ["--run_dir", "run", "--resume", "true"]
 

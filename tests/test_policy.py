@@ -24,6 +24,7 @@ KINDS = (torch.float64, torch.float16, torch.bfloat16)
 NETWORKS = {"bcq": {"actor", "vae", "critic", "eval_latents"}}
 # ONNX's reference implementation cannot gather from more than 64 candidates.
 SMALL = {"bcq": {"last_hidden_dim": 16, "vae_hidden_dim": 16, "eval_candidates": 32}}
+SMALL |= {"spot": {"vae_updates": 2, "vae_hidden_dim": 16}}
 SEQUENCE = {
     "obs": ("N", "T", 3),
     "action": ("N", "T", 1),

@@ -29,6 +29,7 @@ THOROUGH = {"actor_dropout": 0.3, "normalize_obs": "true", "tau": 0.1}
 # Phases that a short run reaches, a learned multiplier, a small network beside hidden_dim's.
 THOROUGH |= {"behavior_updates": 1, "warm_start": 2, "learn_alpha": "true", "vae_hidden_dim": 16}
 THOROUGH |= {"action_noise": 0.1, "random_actions": 2, "value_updates": 2}  # more of V's actions
+THOROUGH |= {"vae_updates": 2}
 METRIC = re.compile(r"(train|eval|time|online)/[a-z0-9_]+")
 
 

@@ -40,6 +40,7 @@ class Crash(Exception):
 def long(script, **settings) -> list[str]:
     """The command line of a run that is to be interrupted; with dropout and phases if any."""
     more = {"actor_dropout": 0.3, "behavior_updates": 8, "warm_start": 16, "vae_hidden_dim": 16}
+    more |= {"vae_updates": 8}
     more = {k: v for k, v in more.items() if k in script.TrainConfig.__dataclass_fields__}
     return words(**{**LONG, **more, **settings})
 

@@ -17,7 +17,7 @@ for path in sorted((REPOSITORY / "configs").glob("*/*.yaml")):
     FILES.setdefault(path.parent.name + online, []).append(path)
 # folders with a file for every task
 COMPLETE = ["awac", "bc", "bc_10", "bcq", "brac", "cql", "dt", "iql", "rebrac", "td3_bc"]
-ONLINE = ["awac-online", "cal_ql", "cql-online", "iql-online", "rebrac-online"]
+ONLINE = ["awac-online", "cal_ql", "cql-online", "iql-online", "rebrac-online", "spot-online"]
 MAZES = ["umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse"]
 HANDS = ["door", "hammer", "pen", "relocate"]
 SCRIPT = {"bc_10": "bc", "xql_c": "xql"}  # where a folder is not named as its script
@@ -244,6 +244,35 @@ BRAC |= {"alpha_limit": 500.0, "divergence_threshold": 0.0, "entropy_coef": 0.0,
 BRAC |= {"warm_start": 20_000, "actor_lr": 3e-5, "critic_lr": 1e-3, "behavior_lr": 5e-4}
 BRAC |= {"alpha_lr": 1e-5, "hidden_dim": 200, "critic_hidden_dim": 300, "hidden_layers": 2}
 
+SPOT = {
+    **RUN,
+    "num_updates": 1_100_000,
+    "vae_updates": 100_000,
+    "policy_delay": 2,
+    "kl_weight": 0.5,
+}
+SPOT |= {"policy_noise": 0.2, "noise_clip": 0.5, "density": "elbo", "density_samples": 1}
+SPOT |= {"vae_lr": 1e-3, "critic_lr": 3e-4, "vae_hidden_dim": 750, "hidden_layers": 2}
+SPOT_OTHERS = {"actor_lr": 1e-4, "actor_dropout": 0.0}  # those without dropout
+LAMBDAS = {
+    "halfcheetah-medium": 0.05,
+    "halfcheetah-medium-replay": 0.05,
+    "halfcheetah-medium-expert": 1.0,
+    "hopper-medium": 0.1,
+    "hopper-medium-replay": 0.1,
+    "hopper-medium-expert": 0.2,
+    "walker2d-medium": 0.2,
+    "walker2d-medium-replay": 0.2,
+    "walker2d-medium-expert": 0.5,
+    "antmaze-umaze": 0.25,
+    "antmaze-umaze-diverse": 0.25,
+    "antmaze-medium-play": 0.05,
+    "antmaze-medium-diverse": 0.025,
+    "antmaze-large-play": 0.025,
+    "antmaze-large-diverse": 0.025,
+    **{f"{hand}-cloned": 1.0 for hand in HANDS},
+}
+
 DT = {"normalize_obs": True, "num_updates": 100_000, "batch_size": 64, "context": 20, "label": ""}
 DT |= {"return_scale": 1000.0, "hidden_dim": 128, "hidden_layers": 3, "attention_heads": 1}
 DT |= {"dropout": 0.1, "actor_lr": 1e-4, "warmup_updates": 10_000, "weight_decay": 1e-4}
@@ -434,6 +463,31 @@ PUBLISHED = {
             "adroit": SMALL_STEPS,
         },
     ),
+    "spot": (
+        SPOT,
+        {
+            "locomotion": {"normalize_obs": True, "actor_lr": 3e-4, "actor_dropout": 0.1},
+            "antmaze": {
+                **SPOT_OTHERS,
+                "reward_shift": -1.0,
+                "eval_episodes": 100,
+                "eval_every": 50_000,
+            },
+            "adroit": SPOT_OTHERS,
+        },
+    ),
+    "spot-online": (
+        {**SPOT, **SPOT_OTHERS, **FINE_TUNE, "exploration_noise": 0.1},
+        {
+            "antmaze": {
+                **FINE_TUNE_MAZES,
+                "reward_shift": -1.0,
+                "online_penalty_share": 0.2,
+                "online_gamma": 0.995,
+            },
+            "adroit": {"online_penalty_share": 0.5, "online_gamma": None},
+        },
+    ),
     "dt": (
         DT,
         {
@@ -459,6 +513,8 @@ PER_TASK["xql"] = {
     for task, (batch, beta, clip, own) in XQL_TUNED.items()
 }
 PER_TASK["rebrac-online"] = PER_TASK["rebrac"]
+PER_TASK["spot"] = {task: {"penalty": penalty} for task, penalty in LAMBDAS.items()}
+PER_TASK["spot-online"] = PER_TASK["spot"]
 UNTUNED = {  # of <suite>/<task>: settings that nobody published for it
     "awac": r"kitchen/",
     "bc": r"kitchen/",
