@@ -278,29 +278,27 @@ def refuse_links(file: h5py.File) -> None:
     That is at soft and external links, virtual arrays, arrays stored in other files, and groups
     reached twice.
     """
-    groups = {h5py.h5o.get_info(file.id).addr}
-
-    def find_fault(name: bytes, link) -> str | None:  # of each link, and each group, once
-        fault = None
-        thing = h5py.h5o.open(file.id, name) if link.type == h5py.h5l.TYPE_HARD else None
-        if thing is None:
-            fault = "a soft or external link"
-        elif isinstance(thing, h5py.h5g.GroupID):
-            address = h5py.h5o.get_info(thing).addr
-            fault = "a group reached twice" if address in groups else None
-            groups.add(address)
-        elif isinstance(thing, h5py.h5d.DatasetID):
-            plan = thing.get_create_plist()
-            if plan.get_layout() == h5py.h5d.VIRTUAL or plan.get_external_count():
-                fault = "an array stored elsewhere"
-        return fault and f"{name.decode(errors='replace')!r} is {fault}"
-
+    links, groups = [], set()
     try:
-        fault = file.id.links.visit(find_fault, info=True)  # which ends at the first
+        groups.add(h5py.h5o.get_info(file.id).addr)
+        # every link once, and those of each group once; h5py cannot pass errors through it
+        file.id.links.visit(lambda name, link: links.append((name, link.type)), info=True)
+        for name, kind in links:
+            fault = None if kind == h5py.h5l.TYPE_HARD else "a soft or external link"
+            thing = None if fault else h5py.h5o.open(file.id, name)
+            if isinstance(thing, h5py.h5g.GroupID):
+                address = h5py.h5o.get_info(thing).addr
+                fault = "a group reached twice" if address in groups else None
+                groups.add(address)
+            elif isinstance(thing, h5py.h5d.DatasetID):
+                plan = thing.get_create_plist()
+                elsewhere = plan.get_layout() == h5py.h5d.VIRTUAL or plan.get_external_count()
+                fault = "an array stored elsewhere" if elsewhere else None
+            if fault:
+                text = f"{file.filename}: {name.decode(errors='replace')!r} is {fault}"
+                raise D4RLError(f"{text}: write a file that holds its arrays itself")
     except (OSError, RuntimeError, KeyError, ValueError):
         raise D4RLError(f"{file.filename} is damaged: write or fetch it again") from None
-    if fault:
-        raise D4RLError(f"{file.filename}: {fault}: write a file that holds its arrays itself")
 
 
 def find_problem(file: h5py.File, task: Task) -> str | None:
