@@ -169,6 +169,7 @@ def test_a_file_without_an_end_is_one_episode_and_says_so(tmp_path, capsys):
     _, episodes, _ = convert(tmp_path, "door-human-v1", with_next=False)
     assert said in capsys.readouterr().out and len(episodes) == 1
     convert(tmp_path, "door-human-v1", with_next=False, timeout=[9])
+    convert(tmp_path, "door-human-v1", with_next=False, timeout=[4])
     assert said not in capsys.readouterr().out
 
 
@@ -584,7 +585,7 @@ import gymnasium as gym, numpy as np
 
 class Valve(gym.Env):
     observation_space = gym.spaces.Box(-9, 9, (3,))
-    action_space = gym.spaces.Box(np.float32([-0.5, -2]), np.float32([0.5, 2]))
+    action_space = gym.spaces.Box(np.float32([[-0.5, -2]]), np.float32([[0.5, 2]]))
 
 class Broken(Valve):
     def __init__(self):
@@ -675,7 +676,7 @@ def test_own_environment(own):
     assert d4rl.main(own(*words, actions=actions)) == 0
     episodes, space, raw = load_own()
     assert space == gym.make("Valve-v0").action_space
-    np.testing.assert_array_equal(episodes[0].actions[[5, 6]], [[0.5, 2], [0.5, -2]])
+    np.testing.assert_array_equal(episodes[0].actions[[5, 6]], [[[0.5, 2]], [[0.5, -2]]])
     assert (raw["counts"]["clipped_steps"], raw["counts"]["largest_excess"]) == (2, 0.5)
     spec = json.loads(raw["env_spec"])
     assert (spec["id"], spec["max_episode_steps"]) == ("Valve-v0", 40)
@@ -716,6 +717,7 @@ BAD_OWN_FILES = {
 }
 
 
+@pytest.mark.filterwarnings("error")  # which would be a second line
 @pytest.mark.parametrize("said", BAD_OWN_FILES)
 def test_bad_own_files(own, store, capsys, said):
     assert said in check_error(capsys, *own(**BAD_OWN_FILES[said]))
@@ -735,7 +737,7 @@ def test_own_files_with_groups_for_arrays_or_nothing_at_all(own, tmp_path, capsy
     assert "is not a file" in check_error(capsys, *words)
 
 
-@pytest.mark.parametrize("name", ["valve", "mine/valve"])
+@pytest.mark.parametrize("name", ["robot", "mine/robot"])
 def test_own_id_without_version(capsys, name):
     assert f"{name}-v0" in check_error(capsys, "--file", "x", "--id", name)
 
