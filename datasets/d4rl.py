@@ -18,8 +18,8 @@ Files of your own, with `--id`
 Episodes
 - One ends at a terminal, at a timeout, at a jump (its `next_observations` is not the observation
   that follows: two recordings were joined there) and at the end of the file. Timeouts and jumps
-  truncate; an episode that the file's end cuts (`unfinished`) neither terminates nor truncates at
-  its last step: its rewards go on, so that its returns say nothing.
+  truncate; an episode that the file's end cuts (`unfinished`) has neither mark at its last step,
+  for it lacks the rewards to come: its returns are too small.
 - The last next observation is the file's where it has `next_observations`. Where it has none, that
   of an episode that did not terminate is unknown and stored as NaN; one that terminated repeats its
   last observation, which no bootstrap reads.
