@@ -4,6 +4,7 @@ import http.server
 import importlib.util
 import json
 import socket
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -118,30 +119,39 @@ def test_true_next_observation_is_kept(tmp_path):
         assert episode.rewards.dtype == np.float32
         assert not episode.terminations[:-1].any() and not episode.truncations[:-1].any()
     assert [bool(episode.terminations[-1]) for episode in episodes] == [True, False, False]
-    assert [bool(episode.truncations[-1]) for episode in episodes] == [False, True, True]
+    assert [bool(episode.truncations[-1]) for episode in episodes] == [False, True, False]
     counts = metadata["counts"]
     assert (counts["source_steps"], counts["steps"], counts["episodes"]) == (10, 10, 3)
-    assert (counts["terminated"], counts["timed_out"], counts["cut"]) == (1, 1, 1)
+    assert [counts[key] for key in d4rl.OUTCOMES] == [3, 1, 1, 0, 1]
     assert not any(counts[key] for key in d4rl.REPAIRS)
 
 
-def test_last_step_is_dropped_where_its_next_observation_is_unknown(tmp_path, capsys):
+def test_unknown_last_observation_is_nan(tmp_path, capsys):
     arrays, episodes, metadata = convert(
         tmp_path, "door-human-v1", terminal=[2], timeout=[5, 6], with_next=False
     )
-    observations = arrays["observations"].astype(np.float32)
-    repeated = observations[[0, 1, 2, 2]]  # terminated: all three steps stay
-    expected = [(repeated, 3, True), (observations[3:6], 2, False), (observations[7:10], 2, False)]
-    for episode, (states, steps, terminated) in zip(episodes, expected, strict=True):
+    starts, ends, unknown = [0, 3, 6, 7], [3, 6, 7, 10], np.full((1, 39), np.nan)
+    lasts = [arrays["observations"][2:3], unknown, unknown, unknown]
+    for episode, start, end, last in zip(episodes, starts, ends, lasts, strict=True):
+        states = np.vstack([arrays["observations"][start:end], last]).astype(np.float32)
         np.testing.assert_array_equal(episode.observations, states)
-        assert len(episode.rewards) == len(episode.actions) == steps
-        assert bool(episode.terminations[-1]) == terminated != bool(episode.truncations[-1])
+        np.testing.assert_array_equal(episode.actions, np.float32(arrays["actions"][start:end]))
+        np.testing.assert_array_equal(episode.rewards, np.float32(arrays["rewards"][start:end]))
+    assert [bool(episode.terminations[-1]) for episode in episodes] == [True, False, False, False]
+    assert [bool(episode.truncations[-1]) for episode in episodes] == [False, True, True, False]
     counts = metadata["counts"]
-    assert counts["steps"] == 7 and counts["episodes"] == 3
-    assert counts["dropped_last_steps"] == 3 and counts["dropped_episodes"] == 1  # 6 stood alone
+    assert counts["steps"] == 10 and counts["unknown_last_observations"] == 3
     assert counts["repeated_last_observations"] == 1
-    assert (counts["terminated"], counts["timed_out"], counts["cut"]) == (1, 1, 1)
-    assert "dropped last steps: 3" in capsys.readouterr().out
+    assert [counts[key] for key in d4rl.OUTCOMES] == [4, 1, 2, 0, 1]
+    assert "unknown last observations: 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("end", ["terminal", "timeout", None])
+def test_only_the_files_end_leaves_an_episode_unfinished(tmp_path, end):
+    _, episodes, metadata = convert(tmp_path, "hopper-medium-v2", **({end: [9]} if end else {}))
+    assert bool(episodes[-1].terminations[-1]) == (end == "terminal")
+    assert bool(episodes[-1].truncations[-1]) == (end == "timeout")
+    assert metadata["counts"]["unfinished"] == (end is None)
 
 
 def test_jump_ends_an_episode(tmp_path):
@@ -151,7 +161,16 @@ def test_jump_ends_an_episode(tmp_path):
     assert [len(episode.rewards) for episode in episodes] == [5, 5]
     np.testing.assert_allclose(episodes[0].observations[-1], following[4], rtol=1e-6)
     assert episodes[0].truncations[-1] and not episodes[0].terminations[-1]
-    assert metadata["counts"]["jumps"] == 1 and metadata["counts"]["cut"] == 2
+    assert [metadata["counts"][key] for key in d4rl.OUTCOMES] == [2, 0, 0, 1, 1]
+
+
+def test_a_file_without_an_end_is_one_episode_and_says_so(tmp_path, capsys):
+    said = "nothing in the file ends an episode"
+    _, episodes, _ = convert(tmp_path, "door-human-v1", with_next=False)
+    assert said in capsys.readouterr().out and len(episodes) == 1
+    convert(tmp_path, "door-human-v1", with_next=False, timeout=[9])
+    convert(tmp_path, "door-human-v1", with_next=False, timeout=[4])
+    assert said not in capsys.readouterr().out
 
 
 def test_terminal_and_timeout_at_once_is_a_terminal(tmp_path):
@@ -269,11 +288,11 @@ def test_maze_observations_are_d4rls_but_for_the_origin(tmp_path):
             tmp_path, name, timeout=[4], with_next=False, **{"infos/goal": goals}
         )
         shift = d4rl.maze_frame(TASKS[name])[1]
-        seen, expected = episodes[1].observations, arrays["observations"][5:]
+        seen, expected = episodes[1].observations[:-1], arrays["observations"][5:]
         np.testing.assert_allclose(seen[:, :2], expected[:, :2] + shift, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(seen[:, 2:], expected[:, 2:], rtol=1e-6)
-        np.testing.assert_allclose(episodes[1].actions, arrays["actions"][5:9], rtol=1e-6)
-        np.testing.assert_allclose(episodes[1].infos["goal"], goals[5:] + shift)
+        np.testing.assert_allclose(episodes[1].actions, arrays["actions"][5:], rtol=1e-6)
+        np.testing.assert_allclose(episodes[1].infos["goal"], goals[[*range(5, 10), 9]] + shift)
 
 
 def test_ball_meets_maze2ds_walls_where_d4rl_has_them():
@@ -521,8 +540,6 @@ def test_absent_foreign_and_cut_files(tmp_path, capsys):
     write_file(path, "hopper-medium-v2", steps=1000)
     path.write_bytes(path.read_bytes()[:20_000])
     assert "cut short" in check_error(capsys, "hopper-medium-v2", "--file", path)
-    write_file(path, "door-human-v1", steps=1, with_next=False)
-    assert "next observation" in check_error(capsys, "door-human-v1", "--file", path)
 
 
 def test_store_keeps_what_it_has(tmp_path, store, capsys):
@@ -559,3 +576,254 @@ def test_the_hubs_data_of_the_same_name_are_not_taken_for_d4rls(tmp_path, store,
     assert "D4RL/hopper/medium-v2" not in capsys.readouterr().out
     assert d4rl.main([*argv, "--force"]) == 0
     assert json.loads(path.read_text())["source"].startswith("d4rl-hdf5 ")
+
+
+# ---- files of the user's own
+
+VALVE = """
+import gymnasium as gym, numpy as np
+
+class Valve(gym.Env):
+    observation_space = gym.spaces.Box(-9, 9, (3,))
+    action_space = gym.spaces.Box(np.float32([[-0.5, -2]]), np.float32([[0.5, 2]]))
+
+class Broken(Valve):
+    def __init__(self):
+        raise RuntimeError("no\\ndevice")
+
+gym.register("Valve-v0", f"{__name__}:Valve", max_episode_steps=40)
+gym.register("Broken-v0", f"{__name__}:Broken")
+gym.register("Unnamed-v0", Valve)
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """own(*words, **arrays): the words that convert a file of 400 steps with these arrays."""
+    (tmp_path / "own_valve.py").write_text(VALVE)
+    monkeypatch.syspath_prepend(tmp_path)
+    rng = np.random.default_rng(0)
+
+    def write(*words, **overrides):
+        arrays = {
+            "observations": rng.normal(size=(400, 3)),
+            "actions": rng.uniform(-1, 1, (400, 2)),
+            "rewards": rng.normal(size=400),
+            "terminals": np.zeros(400, bool),
+            "timeouts": np.arange(400) % 40 == 39,
+        }
+        with h5py.File(tmp_path / "own.hdf5", "w") as file:
+            for key, values in (arrays | overrides).items():
+                if values is not None:
+                    file[key] = values
+        return [*map(str, words), "--id", "mine/valve-v0", "--file", str(tmp_path / "own.hdf5")]
+
+    yield write
+    for name in ("Valve-v0", "Broken-v0", "Unnamed-v0"):
+        gym.registry.pop(name, None)
+    sys.modules.pop("own_valve", None)
+
+
+def load_own():
+    """(episodes, action space, raw metadata) of what was converted."""
+    dataset = minari.load_dataset("mine/valve-v0")
+    raw = json.loads(
+        (minari.storage.get_dataset_path("mine/valve-v0") / "data/metadata.json").read_text()
+    )
+    return list(dataset.iterate_episodes()), dataset.action_space, raw
+
+
+def test_own_file(own, capsys):
+    """Case c33: an own recording in D4RL's layout."""
+    assert d4rl.main(own()) == 0
+    episodes, space, raw = load_own()
+    assert [len(episode.rewards) for episode in episodes] == [40] * 10
+    assert all(episode.truncations[-1] for episode in episodes)
+    assert space == gym.spaces.Box(-1, 1, (2,), np.float32)
+    absent = {"env_spec", "author", "license", "environment_differs"}
+    assert not absent & raw.keys() and "ref_min_score" not in raw
+    assert not raw["source"].startswith(d4rl.SOURCE) and raw["dataset_id"] == "mine/valve-v0"
+    out = capsys.readouterr().out
+    assert "mine/valve-v0: 400 of 400 steps, 10 episodes" in out and "actions" not in out
+    assert "mine/valve-v0" in minari.list_local_datasets()
+
+
+def test_own_file_without_timeouts_in_columns(own):
+    column = {key: np.zeros((400, 1)) for key in ("rewards", "terminals")}
+    column["terminals"][99::100] = 1
+    assert d4rl.main(own(timeouts=None, actions=np.zeros(400), **column)) == 0
+    episodes, space, _ = load_own()
+    assert [bool(episode.terminations[-1]) for episode in episodes] == [True] * 4
+    assert space.shape == (1,) and episodes[0].actions.shape == (100, 1)
+
+
+def test_own_actions_beyond_one_keep_their_extremes(own, capsys, monkeypatch):
+    monkeypatch.setattr(d4rl, "BATCH", 7)
+    actions = np.zeros((400, 2), np.float32)
+    actions[3], actions[399] = (-3, 0.5), (0.25, 0.75)
+    assert d4rl.main(own(actions=actions)) == 0
+    episodes, space, raw = load_own()
+    assert space == gym.spaces.Box(np.float32([-3, 0]), np.float32([0.25, 0.75]))
+    np.testing.assert_array_equal(np.vstack([e.actions for e in episodes]), actions)
+    assert raw["counts"]["clipped_steps"] == 0
+    assert "actions from -3 to 0.75" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_own_environment(own):
+    actions = np.zeros((400, 2))
+    actions[5], actions[6] = (0.75, 2), (0.5, -2.5)
+    words = ["--env_id", "own_valve:Valve-v0", "--ref_min_score", "-2", "--ref_max_score", "30.5"]
+    assert d4rl.main(own(*words, actions=actions)) == 0
+    episodes, space, raw = load_own()
+    assert space == gym.make("Valve-v0").action_space
+    np.testing.assert_array_equal(episodes[0].actions[[5, 6]], [[[0.5, 2]], [[0.5, -2]]])
+    assert (raw["counts"]["clipped_steps"], raw["counts"]["largest_excess"]) == (2, 0.5)
+    spec = json.loads(raw["env_spec"])
+    assert (spec["id"], spec["max_episode_steps"]) == ("Valve-v0", 40)
+    assert (raw["ref_min_score"], raw["ref_max_score"]) == (-2, 30.5)
+    assert d4rl.main(own("--env_id", "Valve-v0", "--force")) == 0  # it is registered by now
+
+
+def test_own_environments_that_do_not_fit(own, capsys, store):
+    said = {
+        "Pendulum-v1": "Pendulum-v1 has [3, 1] observations and actions, the file [3, 2]",
+        "CartPole-v1": "Discrete(2)",
+        "Absent-v0": "Absent",
+        "no_such_module:Valve-v0": "No module named 'no_such_module'",
+        "own_valve:Broken-v0": "RuntimeError no device",
+        "own_valve:Unnamed-v0": "own_valve:Unnamed-v0: ValueError",
+    }
+    for name, text in said.items():
+        assert text in check_error(capsys, *own("--env_id", name)), name
+    assert not [path for path in store.rglob("*") if path.is_file()]
+
+
+BAD_OWN_FILES = {
+    "has no actions": {"actions": None},
+    "has no rewards": {"rewards": None},
+    "has no terminals": {"terminals": None},
+    "has no observations": {"observations": h5py.Empty("f4")},
+    "rewards of shape (400, 2) instead of (400, 1)": {"rewards": np.zeros((400, 2))},
+    "actions of shape (399, 2) instead of (400, 2)": {"actions": np.zeros((399, 2))},
+    "actions of shape (400, 0)": {"actions": np.zeros((400, 0))},
+    "observations of shape (400, 4, 3)": {"observations": np.zeros((400, 4, 3))},
+    "next_observations of shape (400, 2)": {"next_observations": np.zeros((400, 2))},
+    "actions is not finite at step 7": {
+        "actions": np.where(np.arange(800) == 15, np.inf, 0).reshape(400, 2)
+    },
+    "rewards is not finite at step 0": {"rewards": np.full(400, 1e300)},
+    "observations cannot be read as numbers": {"observations": np.full((400, 3), b"one")},
+    "terminals cannot be read as numbers": {"terminals": np.full(400, 1j)},
+}
+
+
+@pytest.mark.filterwarnings("error")  # which would be a second line
+@pytest.mark.parametrize("said", BAD_OWN_FILES)
+def test_bad_own_files(own, store, capsys, said):
+    assert said in check_error(capsys, *own(**BAD_OWN_FILES[said]))
+    assert not [path for path in store.rglob("*") if path.is_file()]
+
+
+def test_own_files_with_groups_for_arrays_or_nothing_at_all(own, tmp_path, capsys):
+    words, path = own(observations=None), tmp_path / "own.hdf5"
+    with h5py.File(path, "a") as file:
+        file["observations/robot"] = np.zeros((400, 3))
+    assert "has no observations" in check_error(capsys, *words)
+    h5py.File(path, "w").close()
+    assert "has no rewards" in check_error(capsys, *words)
+    path.write_bytes(b"")
+    assert "no HDF5 file" in check_error(capsys, *words)
+    path.unlink()
+    assert "is not a file" in check_error(capsys, *words)
+
+
+@pytest.mark.parametrize("name", ["robot", "mine/robot"])
+def test_own_id_without_version(capsys, name):
+    assert f"{name}-v0" in check_error(capsys, "--file", "x", "--id", name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "/a-v0", "a/../b-v0", "a b-v0", "a-v0\n", "D4RL/a-v0", "a-v0/b-v0"]
+)
+def test_own_id_that_is_none(capsys, name):
+    assert "mine/valve-v0" in check_error(capsys, "--file", "x", "--id", name)
+
+
+def test_bad_own_commands(own, capsys):
+    assert "no task" in check_error(capsys, *own("hopper-medium-v2"))
+    assert "--file" in check_error(capsys, "--id", "mine/valve-v0")
+    for words in (["--env_id", "Hopper-v5"], ["--ref_min_score", "0", "--ref_max_score", "1"]):
+        assert "go with --id" in check_error(capsys, "hopper-medium-v2", *words)
+    for low, high in (("1", "1"), ("2", "1"), ("nan", "1"), ("0", "inf")):
+        error = check_error(capsys, *own("--ref_min_score", low, "--ref_max_score", high))
+        assert "--ref_max_score" in error
+    assert "go together" in check_error(capsys, *own("--ref_min_score", "0"))
+
+
+def test_own_set_is_replaced_when_asked_and_nothing_else_is(own, store, capsys):
+    assert d4rl.main(own()) == 0
+    short = {"observations": np.zeros((5, 3)), "actions": np.zeros((5, 2)), "rewards": np.zeros(5)}
+    short |= {"terminals": np.zeros(5), "timeouts": None}
+    assert "--force" in check_error(capsys, *own(**short))
+    assert len(load_own()[0]) == 10
+    assert d4rl.main(own("--force", **short)) == 0
+    assert len(load_own()[0]) == 1
+    other = store / "notes-v0" / "paper.txt"
+    other.parent.mkdir()
+    other.write_text("not a dataset")
+    words = own()
+    words[words.index("mine/valve-v0")] = "notes-v0"
+    assert "no dataset" in check_error(capsys, *words, "--force") and other.exists()
+
+
+# ---- HDF5 that reads elsewhere
+
+
+def plant(kind, file, folder):
+    """Put an array that is not the file's own in `file`, or a circle."""
+    with h5py.File(folder / "other.hdf5", "w") as other:
+        other["array"] = np.zeros(400)
+    if kind == "external":
+        file["infos/planted"] = h5py.ExternalLink("other.hdf5", "/array")
+    elif kind == "soft":
+        file["infos/planted"] = h5py.SoftLink("/rewards")
+    elif kind == "dangling":
+        file["infos/planted"] = h5py.SoftLink("/infos/planted")
+    elif kind == "virtual":
+        layout = h5py.VirtualLayout((400,), float)
+        layout[:] = h5py.VirtualSource(folder / "other.hdf5", "array", (400,))
+        file.create_virtual_dataset("infos/planted", layout)
+    elif kind == "stored":
+        place = [(str(folder / "other.hdf5"), 0, 3200)]
+        file.create_dataset("infos/planted", (400,), float, external=place)
+    elif kind == "circle":
+        file.create_group("infos/planted")
+        file["infos/planted/up"] = file["infos"]
+    else:
+        file.create_group("infos")["planted"] = file["/"]
+
+
+FOREIGN = ["external", "soft", "dangling", "virtual", "stored", "circle", "root"]
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_files_that_read_elsewhere_are_refused(own, tmp_path, store, capsys, kind):
+    words = own()
+    with h5py.File(tmp_path / "own.hdf5", "a") as file:
+        plant(kind, file, tmp_path)
+    error = check_error(capsys, *words)
+    assert "'infos/planted" in error
+    assert not [path for path in store.rglob("*") if path.is_file()]
+    write_file(tmp_path / "task.hdf5", "hopper-medium-v2")
+    with h5py.File(tmp_path / "task.hdf5", "a") as file:
+        plant(kind, file, tmp_path)
+    assert "planted" in check_error(capsys, "hopper-medium-v2", "--file", tmp_path / "task.hdf5")
+
+
+def test_arrays_with_two_names_and_chunks_are_the_files_own(own, tmp_path):
+    words = own()
+    with h5py.File(tmp_path / "own.hdf5", "a") as file:
+        file["infos/again"] = file["rewards"]
+        file.create_dataset("infos/packed", data=np.zeros(400), compression="gzip")
+        file["infos/type"] = np.dtype("f4")
+    assert d4rl.main(words) == 0
