@@ -20,7 +20,7 @@ Episodes
 - `terminals` mark the last state of a trajectory. What its action led to is unknown, so it is no
   step, as in OGBench's loader; all others are, in the file's order: the transitions are the same.
 - OGBench's two flags stay apart: a step in a done state, of mask 0, is a termination and stops the
-  bootstrap; the last step of a trajectory, its terminal, is a truncation. A step may be both.
+  bootstrap; the last step of a trajectory, its terminal, is a truncation, if it is not done.
 - OGBench's trajectories go on after a done state. Minari's episodes cannot, so they are cut there,
   with the next observation kept; each further step in a done state is an episode of its own. What
   ranks or sums whole episodes (10% BC, returns-to-go) meets those, which OGBench does not have.
@@ -236,7 +236,7 @@ def cut_episodes(steps: dict[str, np.ndarray], counts: Counter) -> Iterator[dict
         rows, start = slice(start, end + 1), end + 1
         length = end + 1 - rows.start
         terminations, truncations = np.zeros((2, length), bool)
-        terminations[-1], truncations[-1] = done[end], last[end + 1]
+        terminations[-1], truncations[-1] = done[end], not done[end]
         counts.update({"episodes": 1, "steps": length, "done": int(done[end])})
         counts["trajectories"] += int(last[end + 1])
         yield {
