@@ -439,10 +439,9 @@ class FQL(Agent):
 
     def target(self, batch: dict, noise: Tensor) -> Tensor:
         """y [S, B]: the value of the one-step policy's action at s'."""
-        cfg, next_obs = self.cfg, batch["next_obs"]
-        q = self.q(self.target_critic, next_obs, self.actor(next_obs, noise))
-        next_q = q.amin(-2) if cfg.q_aggregation == "min" else q.mean(-2)
-        return batch["reward"] + cfg.gamma * (1 - batch["terminated"]) * next_q
+        q = self.q(self.target_critic, batch["next_obs"], self.actor(batch["next_obs"], noise))
+        next_q = q.amin(-2) if self.cfg.q_aggregation == "min" else q.mean(-2)
+        return batch["reward"] + self.cfg.gamma * (1 - batch["terminated"]) * next_q
 
     def critic_loss(self, target: Tensor, obs: Tensor, action: Tensor):
         """L_Q: both critics regress to y."""
