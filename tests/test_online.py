@@ -505,6 +505,8 @@ def test_exploration(name, monkeypatch, deterministic):
         with torch.no_grad():
             by_formula = expected_action(self, name, obs, noise, deterministic)
         torch.testing.assert_close(found, 2 * by_formula.clamp(-1, 1))
+        if len(noise[0]) > 1:  # an evaluation's, where `act` makes use of it
+            return found
         for sign in (-1, 1):  # clipped to the environment's bounds
             edge = explore(self, obs, torch.full_like(noise, sign * 1e6))
             assert (edge.abs() == 2).all() and (name == "fql" or (edge.sign() == sign).all())
