@@ -17,7 +17,7 @@ for path in sorted((REPOSITORY / "configs").glob("*/*.yaml")):
     FILES.setdefault(path.parent.name + online, []).append(path)
 # folders with a file for every task
 COMPLETE = ["awac", "bc", "bc_10", "bcq", "brac", "cql", "dt", "iql", "rebrac", "td3_bc"]
-ONLINE = ["awac-online", "cal_ql", "cql-online", "iql-online", "rebrac-online"]
+ONLINE = ["awac-online", "cal_ql", "cql-online", "fql-online", "iql-online", "rebrac-online"]
 MAZES = ["umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse"]
 HANDS = ["door", "hammer", "pen", "relocate"]
 SCRIPT = {"bc_10": "bc"}  # where a folder is not named as its script
@@ -258,6 +258,41 @@ TARGETS = {  # by robot, or by the task where it has its own
     "kitchen": "4, 2",
 }
 
+FQL = {**RUN, "alpha": 10.0, "normalize_q_loss": False, "q_aggregation": "mean", "flow_steps": 10}
+FQL |= {"actor_lr": 3e-4, "critic_lr": 3e-4, "hidden_dim": 512, "hidden_layers": 4}
+FQL |= {"eval_every": 100_000, "eval_episodes": 50}
+FQL_ALPHA = {  # where it is not 10
+    "humanoidmaze-medium-navigate": 30,
+    "humanoidmaze-large-navigate": 30,
+    "cube-single-play": 300,
+    "cube-double-play": 300,
+    "scene-play": 300,
+    "puzzle-3x3-play": 1000,
+    "puzzle-4x4-play": 1000,
+    "antmaze-large-play": 3,
+    "antmaze-large-diverse": 3,
+    "pen-human": 10_000,
+    "pen-cloned": 10_000,
+    "pen-expert": 3_000,
+    "door-human": 30_000,
+    "door-cloned": 30_000,
+    "door-expert": 30_000,
+    "hammer-human": 30_000,
+    "hammer-cloned": 10_000,
+    "hammer-expert": 30_000,
+    "relocate-human": 10_000,
+    "relocate-cloned": 30_000,
+    "relocate-expert": 30_000,
+}
+FQL_ONLINE_ALPHA = {  # where it is not the offline one
+    "humanoidmaze-medium-navigate": 100,
+    "antsoccer-arena-navigate": 30,
+    "pen-cloned": 1_000,
+    "door-cloned": 1_000,
+    "hammer-cloned": 1_000,
+    "relocate-cloned": 10_000,
+}
+
 # of the fine-tuning: CORL's, but for IQL's on antmaze, which are its authors'
 FINE_TUNE = {"online_steps": 1_000_000, "updates_per_step": 1, "online_share": None}
 # CORL has 100 episodes every 50,000: too late to see a drop.
@@ -383,6 +418,17 @@ PUBLISHED = {
             "adroit": SMALL_STEPS,
         },
     ),
+    "fql": (
+        FQL,
+        {
+            "antmaze": {"reward_shift": -1.0, "num_updates": 500_000},
+            "adroit": {"q_aggregation": "min", "num_updates": 500_000},
+        },
+    ),
+    "fql-online": (
+        {**FQL, **FINE_TUNE},
+        {"antmaze": {"reward_shift": -1.0}, "adroit": {"q_aggregation": "min"}},
+    ),
     "dt": (
         DT,
         {
@@ -404,6 +450,18 @@ PER_TASK = {
     },
 }
 PER_TASK["rebrac-online"] = PER_TASK["rebrac"]
+PER_TASK["fql"] = {task: {"alpha": alpha} for task, alpha in FQL_ALPHA.items()}
+for task, settings in {
+    "antmaze-large-navigate": {"q_aggregation": "min"},
+    "antmaze-giant-navigate": {"q_aggregation": "min", "gamma": 0.995},
+    "humanoidmaze-medium-navigate": {"gamma": 0.995},
+    "humanoidmaze-large-navigate": {"gamma": 0.995},
+    "antsoccer-arena-navigate": {"gamma": 0.995},
+}.items():
+    PER_TASK["fql"][task] = {**PER_TASK["fql"].get(task, {}), **settings}
+PER_TASK["fql-online"] = dict(PER_TASK["fql"])
+for task, alpha in FQL_ONLINE_ALPHA.items():
+    PER_TASK["fql-online"][task] = {**PER_TASK["fql"][task], "alpha": alpha}
 UNTUNED = {  # of <suite>/<task>: settings that nobody published for it
     "awac": r"kitchen/",
     "bc": r"kitchen/",
