@@ -49,7 +49,7 @@ import urllib.request
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +66,7 @@ URL_BASE = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "stitch" / "d4rl"
 PAUSES = (2, 5, 15, 45, 120)  # seconds between attempts that brought nothing
 TIMEOUT = 30  # seconds without a byte after which a connection is given up
+COMMAND = "python datasets/d4rl.py"
 SOURCE = "d4rl-hdf5"  # marks what was converted here in Minari's metadata
 BATCH = 100_000  # steps held in memory at once
 LOCAL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG}
@@ -163,15 +164,14 @@ class Progress:
 # ---- download
 
 
-def download(
-    task: Task, url: str, path: Path, pauses: Iterable[float] = PAUSES, timeout: float = TIMEOUT
-) -> None:
+def download(url: str, path: Path, look, command: str, pauses=PAUSES, timeout=TIMEOUT) -> None:
     """Fetch `url` to `path`, resuming what an earlier attempt left in `path`.part.
 
-    After an attempt that brought nothing new it waits the next of `pauses` (seconds). D4RL's server
-    refuses at times (403), so refusals are tried again too, but not a missing file, nor anything
-    where its name is unknown (no network). Then, and once the pauses are used up, it raises
-    D4RLError with the file to fetch by hand.
+    `look(part)` opens what came, or raises D4RLError if it is not the file. After an attempt that
+    brought nothing new it waits the next of `pauses` (seconds). D4RL's server refuses at times
+    (403), so refusals are tried again too, but not a missing file, nor anything where its name is
+    unknown (no network). Then, and once the pauses are used up, it raises D4RLError with the file
+    to fetch by hand, which `command --file` takes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -179,8 +179,8 @@ def download(
     while True:
         try:
             fetch(url, part, timeout)
-            open_source(part, task).close()
-            part.replace(path)
+            with look(part):
+                part.replace(path)
             return
         except (OSError, http.client.HTTPException, D4RLError) as error:
             if getattr(error, "errno", None) in LOCAL_ERRORS:
@@ -197,7 +197,7 @@ def download(
         if pause is None:
             raise D4RLError(
                 f"cannot download {path.name} ({reason}): fetch {url} by hand, then run "
-                f"python datasets/d4rl.py {task.task} --file {path.name}"
+                f"{command} --file {path.name}"
             )
         print(f"{path.name}: {reason}; again in {pause} s", file=sys.stderr, flush=True)
         time.sleep(pause)
@@ -409,36 +409,52 @@ def build_env(task: Task) -> gym.Env:
 # ---- Minari's store
 
 
-def convert(task: Task, path: Path) -> dict:
-    """Write D4RL's file as `task.minari_id` into Minari's store; returns the counts.
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """The folder to build a set in: hidden, beside its place, and moved there at the end.
 
-    Built in a hidden folder beside its place and moved there at the end: a failure leaves the store
-    as it was, and a set that was there goes only then.
+    A failure leaves the store as it was, and a set that was there goes only at the end.
     """
-    target = get_dataset_path(task.minari_id)
-    with open_source(path, task) as file:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".d4rl-") as folder:
-            built, old = Path(folder) / "new", Path(folder) / "old"
-            built.mkdir()
-            counts = build(task, file, path, built / "data")
-            if target.exists():
-                target.rename(old)
-            try:
-                built.rename(target)
-            except OSError:
-                if old.exists():
-                    old.rename(target)
-                raise
-    return counts
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".stitch-") as folder:
+        built, old = Path(folder) / "new", Path(folder) / "old"
+        built.mkdir()
+        yield built / "data"
+        if target.exists():
+            target.rename(old)
+        try:
+            built.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
 
 
-def build(task: Task, file: h5py.File, path: Path, folder: Path) -> dict:
-    """Write the whole set into `folder`; returns the counts.
+def write_episodes(folder: Path, episodes: Iterable[dict], progress: Progress, total: int) -> None:
+    """Write `main_data.hdf5`; `total` steps are to come.
 
     Minari's own writer makes arrays that can grow. That takes 2 ms and 15 kB an episode, 100 s and
     700 MB for hopper-random's 45,000 short ones; these have its names and places but a fixed size.
     """
+    done = 0
+    with h5py.File(folder / "main_data.hdf5", "w", libver="latest") as out:
+        for number, episode in enumerate(episodes):
+            group = out.create_group(f"episode_{number}")
+            group.attrs["id"], group.attrs["total_steps"] = number, len(episode["rewards"])
+            for key, values in episode.items():
+                group[key] = values
+            progress(done := done + len(episode["rewards"]), total)
+
+
+def convert(task: Task, path: Path) -> dict:
+    """Write D4RL's file as `task.minari_id` into Minari's store; returns the counts."""
+    target = get_dataset_path(task.minari_id)
+    with open_source(path, task) as file, replacing(target) as folder:
+        return build(task, file, path, folder)
+
+
+def build(task: Task, file: h5py.File, path: Path, folder: Path) -> dict:
+    """Write the whole set into `folder`; returns the counts."""
     env = build_env(task)
     storage = MinariStorage.new(
         folder,
@@ -451,13 +467,8 @@ def build(task: Task, file: h5py.File, path: Path, folder: Path) -> dict:
     counts = Counter(dict.fromkeys(("source_steps", "steps", *OUTCOMES, *REPAIRS), 0))
     counts["source_steps"] = len(file["rewards"])
     progress = Progress(f"converting {task.task}", "steps")
-    with h5py.File(folder / "main_data.hdf5", "w", libver="latest") as out:
-        for number, episode in enumerate(read_episodes(file, shift, counts)):
-            group = out.create_group(f"episode_{number}")
-            group.attrs["id"], group.attrs["total_steps"] = number, len(episode["rewards"])
-            for key, values in episode.items():
-                group[key] = values
-            progress(counts["steps"], counts["source_steps"])
+    episodes = read_episodes(file, shift, counts)
+    write_episodes(folder, episodes, progress, counts["source_steps"])
     if not counts["episodes"]:
         raise D4RLError(f"{path} has no step whose next observation is known: fetch it again")
     storage.update_metadata(metadata(task, path, dict(counts)))
@@ -573,7 +584,8 @@ def run(task: Task, args: argparse.Namespace, pauses: Iterable[float], timeout: 
         url = task.url.replace(URL_BASE, args.url_base.rstrip("/"))
         path = args.file or args.cache.expanduser() / Path(url).name
         if not args.file and not path.exists():
-            download(task, url, path, pauses, timeout)
+            look, command = lambda part: open_source(part, task), f"{COMMAND} {task.task}"
+            download(url, path, look, command, pauses, timeout)
         report(task, convert(task, path))
         return 0
     except (D4RLError, OSError) as error:

@@ -11,10 +11,15 @@ import pytest
 import yaml
 from conftest import REPOSITORY, load_script
 
-FILES = {}  # of whatever folder there is; what goes on online is a folder of its own: iql-online
+with (REPOSITORY / "datasets" / "ogbench.csv").open(newline="") as file:
+    rows = list(csv.DictReader(file))
+OGBENCH = {f"{row['environment']}-{kind}": row for row in rows for kind in row["data"].split()}
+
+FILES, OGBENCH_FILES = {}, {}  # of whatever folder there is, for D4RL's tasks and for OGBench's
 for path in sorted((REPOSITORY / "configs").glob("*/*.yaml")):
-    online = "-online" if path.stem.endswith("-online") else ""
-    FILES.setdefault(path.parent.name + online, []).append(path)
+    online = "-online" if path.stem.endswith("-online") else ""  # a folder of its own: iql-online
+    files = OGBENCH_FILES if path.stem.removesuffix("-online") in OGBENCH else FILES
+    files.setdefault(path.parent.name + online, []).append(path)
 # folders with a file for every task
 COMPLETE = ["awac", "bc", "bc_10", "bcq", "brac", "cql", "dt", "iql", "rebrac", "td3_bc"]
 ONLINE = ["awac-online", "cal_ql", "cql-online", "fql-online", "iql-online", "rebrac-online"]
@@ -96,7 +101,8 @@ def test_both_phases_have_the_offline_configs_task(folder):
 @every_folder
 def test_every_file_is_of_a_task(folder):
     names = {path.name for path in FILES[folder][0].parent.iterdir()}
-    assert names <= {f"{task}{online}.yaml" for task in TASKS for online in ("", "-online")}
+    tasks = TASKS.keys() | OGBENCH.keys()
+    assert names <= {f"{task}{online}.yaml" for task in tasks for online in ("", "-online")}
 
 
 @every_folder
@@ -262,13 +268,6 @@ FQL = {**RUN, "alpha": 10.0, "normalize_q_loss": False, "q_aggregation": "mean",
 FQL |= {"actor_lr": 3e-4, "critic_lr": 3e-4, "hidden_dim": 512, "hidden_layers": 4}
 FQL |= {"eval_every": 100_000, "eval_episodes": 50}
 FQL_ALPHA = {  # where it is not 10
-    "humanoidmaze-medium-navigate": 30,
-    "humanoidmaze-large-navigate": 30,
-    "cube-single-play": 300,
-    "cube-double-play": 300,
-    "scene-play": 300,
-    "puzzle-3x3-play": 1000,
-    "puzzle-4x4-play": 1000,
     "antmaze-large-play": 3,
     "antmaze-large-diverse": 3,
     "pen-human": 10_000,
@@ -285,8 +284,6 @@ FQL_ALPHA = {  # where it is not 10
     "relocate-expert": 30_000,
 }
 FQL_ONLINE_ALPHA = {  # where it is not the offline one
-    "humanoidmaze-medium-navigate": 100,
-    "antsoccer-arena-navigate": 30,
     "pen-cloned": 1_000,
     "door-cloned": 1_000,
     "hammer-cloned": 1_000,
@@ -451,17 +448,9 @@ PER_TASK = {
 }
 PER_TASK["rebrac-online"] = PER_TASK["rebrac"]
 PER_TASK["fql"] = {task: {"alpha": alpha} for task, alpha in FQL_ALPHA.items()}
-for task, settings in {
-    "antmaze-large-navigate": {"q_aggregation": "min"},
-    "antmaze-giant-navigate": {"q_aggregation": "min", "gamma": 0.995},
-    "humanoidmaze-medium-navigate": {"gamma": 0.995},
-    "humanoidmaze-large-navigate": {"gamma": 0.995},
-    "antsoccer-arena-navigate": {"gamma": 0.995},
-}.items():
-    PER_TASK["fql"][task] = {**PER_TASK["fql"].get(task, {}), **settings}
-PER_TASK["fql-online"] = dict(PER_TASK["fql"])
-for task, alpha in FQL_ONLINE_ALPHA.items():
-    PER_TASK["fql-online"][task] = {**PER_TASK["fql"][task], "alpha": alpha}
+PER_TASK["fql-online"] = {
+    task: {"alpha": alpha} for task, alpha in (FQL_ALPHA | FQL_ONLINE_ALPHA).items()
+}
 UNTUNED = {  # of <suite>/<task>: settings that nobody published for it
     "awac": r"kitchen/",
     "bc": r"kitchen/",
@@ -491,3 +480,115 @@ def test_untuned_settings_say_so(folder):
     for path in FILES[folder]:
         untuned = re.search(UNTUNED[folder], f"{TASKS[path.stem]['suite']}/{path.stem}")
         assert ("untuned" in comment(path)) == bool(untuned), path
+
+
+# ---- OGBench's tasks
+
+# Of the FQL paper (2502.02538): its methods' common settings, and those of each task.
+OGBENCH_NETWORKS = {"hidden_dim": 512, "hidden_layers": 4, "batch_size": 256, "label": ""}
+OGBENCH_NETWORKS |= {"normalize_obs": False, "num_updates": 1_000_000, "actor_lr": 3e-4}
+OGBENCH_NETWORKS |= {"eval_every": 100_000, "eval_episodes": 50, "final_eval_episodes": 100}
+OGBENCH_VALUES = {**OGBENCH_NETWORKS, "critic_lr": 3e-4, "tau": 0.005, "reward_scale": 1.0}
+OGBENCH_VALUES |= {"reward_shift": 0.0, "reward_by_return_range": False}
+OGBENCH_PUBLISHED = {
+    "bc": {**OGBENCH_NETWORKS, "top_fraction": 1.0},
+    "iql": {
+        **OGBENCH_VALUES,
+        "value_lr": 3e-4,
+        "expectile": 0.9,
+        "cosine_actor_lr": False,
+        "deterministic": True,  # a Gaussian of constant deviation
+        "actor_dropout": 0.0,
+    },
+    "rebrac": {**OGBENCH_VALUES, "policy_noise": 0.2, "noise_clip": 0.5, "policy_delay": 2},
+    "fql": FQL,
+}
+OGBENCH_TASKS = {  # gamma, IQL's alpha, ReBRAC's alpha_1 and alpha_2
+    "antmaze-large-navigate": (0.99, 10.0, 0.003, 0.01),
+    "antmaze-giant-navigate": (0.995, 10.0, 0.003, 0.01),
+    "humanoidmaze-medium-navigate": (0.995, 10.0, 0.01, 0.01),
+    "humanoidmaze-large-navigate": (0.995, 10.0, 0.01, 0.01),
+    "antsoccer-arena-navigate": (0.995, 1.0, 0.01, 0.01),
+    "cube-single-play": (0.99, 1.0, 1.0, 0.0),
+    "cube-double-play": (0.99, 0.3, 0.1, 0.0),
+    "scene-play": (0.99, 10.0, 0.1, 0.01),
+    "puzzle-3x3-play": (0.99, 10.0, 0.3, 0.01),
+    "puzzle-4x4-play": (0.99, 3.0, 0.3, 0.01),
+}
+OGBENCH_PER_TASK = {"bc": {}, "iql": {}, "rebrac": {}}
+for task, (gamma, alpha, actor, critic) in OGBENCH_TASKS.items():
+    OGBENCH_PER_TASK["iql"][task] = {"gamma": gamma, "inverse_temperature": alpha}
+    penalties = {"actor_penalty": actor, "critic_penalty": critic}
+    OGBENCH_PER_TASK["rebrac"][task] = {"gamma": gamma, **penalties}
+
+FQL_TASKS = {  # gamma, alpha, the aggregation of both targets
+    "antmaze-large-navigate": (0.99, 10, "min"),
+    "antmaze-giant-navigate": (0.995, 10, "min"),
+    "humanoidmaze-medium-navigate": (0.995, 30, "mean"),
+    "humanoidmaze-large-navigate": (0.995, 30, "mean"),
+    "antsoccer-arena-navigate": (0.995, 10, "mean"),
+    "cube-single-play": (0.99, 300, "mean"),
+    "cube-double-play": (0.99, 300, "mean"),
+    "scene-play": (0.99, 300, "mean"),
+    "puzzle-3x3-play": (0.99, 1000, "mean"),
+    "puzzle-4x4-play": (0.99, 1000, "mean"),
+}
+FQL_ONLINE_TASKS = {
+    "humanoidmaze-medium-navigate": (0.995, 100, "mean"),
+    "antsoccer-arena-navigate": (0.995, 30, "mean"),
+    "cube-double-play": (0.99, 300, "mean"),
+    "scene-play": (0.99, 300, "mean"),
+    "puzzle-4x4-play": (0.99, 1000, "mean"),
+}
+for folder, table in (("fql", FQL_TASKS), ("fql-online", FQL_ONLINE_TASKS)):
+    OGBENCH_PER_TASK[folder] = {
+        task: {"gamma": gamma, "alpha": alpha, "q_aggregation": aggregation}
+        for task, (gamma, alpha, aggregation) in table.items()
+    }
+
+every_ogbench_folder = pytest.mark.parametrize("folder", OGBENCH_FILES)
+
+
+@pytest.mark.parametrize("folder", OGBENCH_PUBLISHED)
+def test_every_default_task_of_ogbench_has_a_file(folder):
+    assert {path.stem for path in OGBENCH_FILES[folder]} == OGBENCH_TASKS.keys()
+
+
+@every_ogbench_folder
+def test_ogbenchs_data_and_environment(folder):
+    """The default task's; no reference returns, no other data, and nothing that is a default."""
+    for path in OGBENCH_FILES[folder]:
+        default, (config, given), task = script_of(path).TrainConfig(), read(path), task_of(path)
+        row = OGBENCH[task]
+        name = f"singletask-task{row['default_task']}-v0"
+        assert config.dataset_id == f"ogbench/{task}/{name}", path
+        assert config.env_id == f"ogbench:{row['environment']}-{name}", path
+        assert not config.download and config.fallback_dataset_id == "", path
+        assert config.ref_min_score is config.ref_max_score is None, path
+        assert [k for k in given if getattr(config, k) == getattr(default, k)] == [], path
+
+
+@every_ogbench_folder
+def test_ogbenchs_comment_names_task_and_source(folder):
+    for path in OGBENCH_FILES[folder]:
+        words, task = comment(path), task_of(path)
+        default = f"its default task, task{OGBENCH[task]['default_task']}"
+        assert words.startswith(f"OGBench {task}-singletask-v0 ({default}). "), path
+        assert "Source: " in words, path
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert [line for line in lines if len(line) > 100] == [], path
+
+
+def test_the_fine_tuned_tasks_of_ogbench_have_a_file():
+    assert {task_of(path) for path in OGBENCH_FILES["fql-online"]} == FQL_ONLINE_TASKS.keys()
+    assert {folder for folder in OGBENCH_FILES if "online" in folder} == {"fql-online"}
+
+
+@pytest.mark.parametrize("folder", [*OGBENCH_PUBLISHED, "fql-online"])
+def test_ogbenchs_values_are_the_published_ones(folder):
+    for path in OGBENCH_FILES[folder]:
+        config, given = read(path)
+        common = (OGBENCH_PUBLISHED | {"fql-online": PUBLISHED["fql-online"][0]})[folder]
+        published = common | OGBENCH_PER_TASK[folder].get(task_of(path), {})
+        assert {name: getattr(config, name) for name in published} == published, path
+        assert given.keys() <= published.keys() | TASK_FIELDS, path
