@@ -22,7 +22,8 @@ for path in sorted((REPOSITORY / "configs").glob("*/*.yaml")):
     files.setdefault(path.parent.name + online, []).append(path)
 # folders with a file for every task
 COMPLETE = ["awac", "bc", "bc_10", "bcq", "brac", "cql", "dt", "iql", "rebrac", "td3_bc"]
-ONLINE = ["awac-online", "cal_ql", "cql-online", "iql-online", "rebrac-online", "spot-online"]
+ONLINE = ["awac-online", "cal_ql", "cql-online", "fql-online", "iql-online", "rebrac-online"]
+ONLINE += ["spot-online"]
 MAZES = ["umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse"]
 HANDS = ["door", "hammer", "pen", "relocate"]
 SCRIPT = {"bc_10": "bc", "xql_c": "xql"}  # where a folder is not named as its script
@@ -326,6 +327,31 @@ XQL_TUNED = {  # the authors' scripts: batch, beta, clip and what else they set
     "kitchen-partial": (1024, 5.0, 7.0, {}),
     "kitchen-mixed": (1024, 8.0, 7.0, {}),
 }
+FQL = {**RUN, "alpha": 10.0, "normalize_q_loss": False, "q_aggregation": "mean", "flow_steps": 10}
+FQL |= {"actor_lr": 3e-4, "critic_lr": 3e-4, "hidden_dim": 512, "hidden_layers": 4}
+FQL |= {"eval_every": 100_000, "eval_episodes": 50}
+FQL_ALPHA = {  # where it is not 10
+    "antmaze-large-play": 3,
+    "antmaze-large-diverse": 3,
+    "pen-human": 10_000,
+    "pen-cloned": 10_000,
+    "pen-expert": 3_000,
+    "door-human": 30_000,
+    "door-cloned": 30_000,
+    "door-expert": 30_000,
+    "hammer-human": 30_000,
+    "hammer-cloned": 10_000,
+    "hammer-expert": 30_000,
+    "relocate-human": 10_000,
+    "relocate-cloned": 30_000,
+    "relocate-expert": 30_000,
+}
+FQL_ONLINE_ALPHA = {  # where it is not the offline one
+    "pen-cloned": 1_000,
+    "door-cloned": 1_000,
+    "hammer-cloned": 1_000,
+    "relocate-cloned": 10_000,
+}
 
 # of the fine-tuning: CORL's, but for IQL's on antmaze, which are its authors'
 FINE_TUNE = {"online_steps": 1_000_000, "updates_per_step": 1, "online_share": None}
@@ -494,6 +520,17 @@ PUBLISHED = {
             "adroit": {"online_penalty_share": 0.5, "online_gamma": None},
         },
     ),
+    "fql": (
+        FQL,
+        {
+            "antmaze": {"reward_shift": -1.0, "num_updates": 500_000},
+            "adroit": {"q_aggregation": "min", "num_updates": 500_000},
+        },
+    ),
+    "fql-online": (
+        {**FQL, **FINE_TUNE},
+        {"antmaze": {"reward_shift": -1.0}, "adroit": {"q_aggregation": "min"}},
+    ),
     "dt": (
         DT,
         {
@@ -521,6 +558,10 @@ PER_TASK["xql"] = {
 PER_TASK["rebrac-online"] = PER_TASK["rebrac"]
 PER_TASK["spot"] = {task: {"penalty": penalty} for task, penalty in LAMBDAS.items()}
 PER_TASK["spot-online"] = PER_TASK["spot"]
+PER_TASK["fql"] = {task: {"alpha": alpha} for task, alpha in FQL_ALPHA.items()}
+PER_TASK["fql-online"] = {
+    task: {"alpha": alpha} for task, alpha in (FQL_ALPHA | FQL_ONLINE_ALPHA).items()
+}
 UNTUNED = {  # of <suite>/<task>: settings that nobody published for it
     "awac": r"kitchen/",
     "bc": r"kitchen/",
@@ -571,6 +612,7 @@ OGBENCH_PUBLISHED = {
         "actor_dropout": 0.0,
     },
     "rebrac": {**OGBENCH_VALUES, "policy_noise": 0.2, "noise_clip": 0.5, "policy_delay": 2},
+    "fql": FQL,
 }
 OGBENCH_TASKS = {  # gamma, IQL's alpha, ReBRAC's alpha_1 and alpha_2
     "antmaze-large-navigate": (0.99, 10.0, 0.003, 0.01),
@@ -589,6 +631,31 @@ for task, (gamma, alpha, actor, critic) in OGBENCH_TASKS.items():
     OGBENCH_PER_TASK["iql"][task] = {"gamma": gamma, "inverse_temperature": alpha}
     penalties = {"actor_penalty": actor, "critic_penalty": critic}
     OGBENCH_PER_TASK["rebrac"][task] = {"gamma": gamma, **penalties}
+
+FQL_TASKS = {  # gamma, alpha, the aggregation of both targets
+    "antmaze-large-navigate": (0.99, 10, "min"),
+    "antmaze-giant-navigate": (0.995, 10, "min"),
+    "humanoidmaze-medium-navigate": (0.995, 30, "mean"),
+    "humanoidmaze-large-navigate": (0.995, 30, "mean"),
+    "antsoccer-arena-navigate": (0.995, 10, "mean"),
+    "cube-single-play": (0.99, 300, "mean"),
+    "cube-double-play": (0.99, 300, "mean"),
+    "scene-play": (0.99, 300, "mean"),
+    "puzzle-3x3-play": (0.99, 1000, "mean"),
+    "puzzle-4x4-play": (0.99, 1000, "mean"),
+}
+FQL_ONLINE_TASKS = {
+    "humanoidmaze-medium-navigate": (0.995, 100, "mean"),
+    "antsoccer-arena-navigate": (0.995, 30, "mean"),
+    "cube-double-play": (0.99, 300, "mean"),
+    "scene-play": (0.99, 300, "mean"),
+    "puzzle-4x4-play": (0.99, 1000, "mean"),
+}
+for folder, table in (("fql", FQL_TASKS), ("fql-online", FQL_ONLINE_TASKS)):
+    OGBENCH_PER_TASK[folder] = {
+        task: {"gamma": gamma, "alpha": alpha, "q_aggregation": aggregation}
+        for task, (gamma, alpha, aggregation) in table.items()
+    }
 
 every_ogbench_folder = pytest.mark.parametrize("folder", OGBENCH_FILES)
 
@@ -623,10 +690,16 @@ def test_ogbenchs_comment_names_task_and_source(folder):
         assert [line for line in lines if len(line) > 100] == [], path
 
 
-@pytest.mark.parametrize("folder", OGBENCH_PUBLISHED)
+def test_the_fine_tuned_tasks_of_ogbench_have_a_file():
+    assert {task_of(path) for path in OGBENCH_FILES["fql-online"]} == FQL_ONLINE_TASKS.keys()
+    assert {folder for folder in OGBENCH_FILES if "online" in folder} == {"fql-online"}
+
+
+@pytest.mark.parametrize("folder", [*OGBENCH_PUBLISHED, "fql-online"])
 def test_ogbenchs_values_are_the_published_ones(folder):
     for path in OGBENCH_FILES[folder]:
         config, given = read(path)
-        published = OGBENCH_PUBLISHED[folder] | OGBENCH_PER_TASK[folder].get(task_of(path), {})
+        common = (OGBENCH_PUBLISHED | {"fql-online": PUBLISHED["fql-online"][0]})[folder]
+        published = common | OGBENCH_PER_TASK[folder].get(task_of(path), {})
         assert {name: getattr(config, name) for name in published} == published, path
         assert given.keys() <= published.keys() | TASK_FIELDS, path

@@ -177,21 +177,23 @@ def middle(obs: np.ndarray) -> np.ndarray:
     return 0.4 * np.sin(np.pi * obs)
 
 
+def one_step(obs: np.ndarray, action: np.ndarray, reward: np.ndarray) -> EpisodeBuffer:
+    """An episode of one step: obs, action and reward [1]."""
+    return EpisodeBuffer(
+        observations=obs.repeat(2)[:, None],
+        actions=action[None].astype(np.float32),
+        rewards=reward.copy(),
+        terminations=np.array([True]),
+        truncations=np.array([False]),
+    )
+
+
 def write_bandit(lab, width: float) -> str:
     """One-step episodes, a = f(s) + U(-width, width), r = a: better actions lie outside."""
     rng = np.random.default_rng(0)
     obs = rng.uniform(-1, 1, (2000, 1)).astype(np.float32)
     actions = (middle(obs) + rng.uniform(-width, width, obs.shape)).astype(np.float32)
-    episodes = [
-        EpisodeBuffer(
-            observations=s.repeat(2)[:, None],
-            actions=a[None],
-            rewards=a.copy(),
-            terminations=np.array([True]),
-            truncations=np.array([False]),
-        )
-        for s, a in zip(obs, actions, strict=True)
-    ]
+    episodes = [one_step(s, a, a) for s, a in zip(obs, actions, strict=True)]
     return lab.write_dataset("proofs/bandit-v0", episodes, obs_dim=1, act_dim=1)
 
 
@@ -256,6 +258,51 @@ def xql_soft_maximum(lab) -> dict:
         with torch.no_grad():
             values["IQL"][f"tau {expectile}"] = (agent.v(obs) - centre).mean(-1).tolist()
     return values
+
+
+def peaks_are_kept(numbers: dict) -> bool:
+    on, better = (numbers[f"share on {name} peak"] for name in ("a", "the better"))
+    mixed, chosen = better["FQL, alpha 10"], better["FQL, alpha 0.1"]
+    kept = max(on["BC"]) <= 0.1 and min(on["FQL, alpha 10"]) >= 0.8
+    return kept and 0.3 <= min(mixed) and max(mixed) <= 0.7 and min(chosen) >= 0.9
+
+
+def write_peaks(lab) -> str:
+    """One-step episodes, a = +-0.6 + U(-0.1, 0.1); r = 1 where a has the sign of s, else 0."""
+    rng = np.random.default_rng(0)
+    obs = rng.uniform(-1, 1, (2000, 1)).astype(np.float32)
+    actions = 0.6 * rng.choice([-1, 1], obs.shape) + rng.uniform(-0.1, 0.1, obs.shape)
+    episodes = [one_step(s, a, np.float32(a * s > 0)) for s, a in zip(obs, actions, strict=True)]
+    return lab.write_dataset("proofs/peaks-v0", episodes, obs_dim=1, act_dim=1)
+
+
+@proof(
+    claim="Where a behaviour has two peaks, FQL keeps to them and takes the better one; BC goes "
+    "between.",
+    criterion="In every seed at most 10 % of BC's actions lie on a peak; at alpha 10, near to "
+    "cloning, at least 80 % of FQL's do and 30 to 70 % on the better one; at alpha 0.1 at least "
+    "90 % lie on the better one.",
+    seconds=90,
+    holds=peaks_are_kept,
+    axes=("", "share of actions", "linear"),
+)
+def fql_peaks(lab) -> dict:
+    """A contextual bandit; FQL's actions are those of new noise in each state."""
+    small = {"dataset_id": write_peaks(lab), "hidden_dim": 64, "hidden_layers": 2}
+    small |= {"batch_size": 64, "num_updates": 2000, "actor_lr": 1e-3}
+    obs = torch.linspace(-1, 1, 1000).unsqueeze(-1).expand(len(SEEDS), -1, -1)
+    noise = torch.randn(obs.shape, generator=torch.Generator().manual_seed(0))
+    actions = {"BC": lab.train("bc", **small).act(obs)}
+    for alpha in (10, 0.1):
+        run = lab.train("fql", **small, critic_lr=1e-3, alpha=alpha)
+        actions[f"FQL, alpha {alpha}"] = run.agent.explore(obs, noise)
+    on = {name: (action.abs() - 0.6).abs() <= 0.15 for name, action in actions.items()}
+    better = {name: on[name] & (action * obs > 0) for name, action in actions.items()}
+    shares = {"share on a peak": on, "share on the better peak": better}
+    return {
+        measure: {name: v.float().mean((-2, -1)).tolist() for name, v in each.items()}
+        for measure, each in shares.items()
+    }
 
 
 def values_are_bounded(numbers: dict) -> bool:
