@@ -440,7 +440,7 @@ class EDAC(Agent):
         next_obs = batch["next_obs"]
         action, log_prob = self.actor.draw(next_obs, noise)
         next_q = self.target_critic(torch.cat([next_obs, action], -1).unsqueeze(1)).amin(-2)
-        next_v = next_q - self.log_entropy_coef.exp().unsqueeze(-1) * log_prob
+        next_v = next_q - self.log_entropy_coef.exp().unsqueeze(-1) * log_prob  # D6
         return batch["reward"] + self.cfg.gamma * (1 - batch["terminated"]) * next_v
 
     def critic_loss(self, target: Tensor, obs: Tensor, action: Tensor):
@@ -471,11 +471,11 @@ class EDAC(Agent):
         """One update of every member: critics, policy, entropy_coef, target critics."""
         with torch.no_grad():
             target = self.target(batch, noise["target"])
-        critic_loss, metrics = self.critic_loss(target, batch["obs"], batch["action"])
+        critic_loss, some = self.critic_loss(target, batch["obs"], batch["action"])
         self.critic_adam.descend(critic_loss)  # D1
         actor_loss, more = self.actor_loss(batch["obs"], noise["actor"])
         self.actor_adam.descend(actor_loss)
-        metrics |= {**more, "critic_loss": critic_loss, "actor_loss": actor_loss}
+        metrics = {"critic_loss": critic_loss, "actor_loss": actor_loss, **some, **more}
         metrics["entropy_coef"] = self.log_entropy_coef.exp()
         self.entropy_adam.descend(self.log_entropy_coef * (more["entropy"].detach() + self.act_dim))
         polyak(self.target_critic, self.critic, self.cfg.tau)

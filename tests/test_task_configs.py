@@ -17,10 +17,19 @@ for path in sorted((REPOSITORY / "configs").glob("*/*.yaml")):
     FILES.setdefault(path.parent.name + online, []).append(path)
 # folders with a file for every task
 COMPLETE = ["awac", "bc", "bc_10", "bcq", "brac", "cql", "dt", "iql", "rebrac", "td3_bc"]
+PARTIAL = {  # of <suite>/<task>: what a folder lacks, as nobody published settings for it
+    "edac": r"-dense|kitchen/",
+    "lb_sac": r"(maze2d|antmaze|adroit|kitchen)/",
+    "sac_n": r"-dense|kitchen/",
+}
 ONLINE = ["awac-online", "cal_ql", "cql-online", "iql-online", "rebrac-online"]
 MAZES = ["umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse"]
 HANDS = ["door", "hammer", "pen", "relocate"]
-SCRIPT = {"bc_10": "bc"}  # where a folder is not named as its script
+SCRIPT = {
+    "bc_10": "bc",
+    "lb_sac": "edac",
+    "sac_n": "edac",
+}  # where a folder is not named as its script
 TASK_FIELDS = {"dataset_id", "download", "fallback_dataset_id", "env_id", "env_kwargs"}
 TASK_FIELDS |= {"ref_min_score", "ref_max_score"}
 
@@ -32,6 +41,10 @@ every_folder = pytest.mark.parametrize("folder", FILES)
 
 def task_of(path) -> str:
     return path.stem.removesuffix("-online")
+
+
+def in_suite(task: str) -> str:
+    return f"{TASKS[task]['suite']}/{task}"
 
 
 def script_of(path):
@@ -65,6 +78,16 @@ def test_the_table_has_the_current_tasks():
 @pytest.mark.parametrize("folder", COMPLETE)
 def test_every_task_has_a_file(folder):
     assert {path.stem for path in FILES[folder]} == TASKS.keys()
+
+
+@pytest.mark.parametrize("folder", PARTIAL)
+def test_every_task_with_published_settings_has_a_file(folder):
+    tasks = {task for task in TASKS if not re.search(PARTIAL[folder], in_suite(task))}
+    assert {path.stem for path in FILES[folder]} == tasks
+
+
+def test_every_folder_is_listed():
+    assert sorted([*COMPLETE, *PARTIAL, *ONLINE]) == sorted(FILES)
 
 
 @pytest.mark.parametrize("folder", ONLINE)
@@ -237,6 +260,33 @@ BRAC |= {"alpha_limit": 500.0, "divergence_threshold": 0.0, "entropy_coef": 0.0,
 BRAC |= {"warm_start": 20_000, "actor_lr": 3e-5, "critic_lr": 1e-3, "behavior_lr": 5e-4}
 BRAC |= {"alpha_lr": 1e-5, "hidden_dim": 200, "critic_hidden_dim": 300, "hidden_layers": 2}
 
+EDAC = {**RUN, "num_updates": 3_000_000, "num_critics": 10, "eta": 1.0, "layer_norm": False}
+EDAC |= {"actor_lr": 3e-4, "critic_lr": 3e-4, "hidden_layers": 3}
+SAC_N = {**EDAC, "eta": 0.0, "label": "SAC-N"}
+LB_SAC = {**SAC_N, "label": "LB-SAC", "num_updates": 350_000, "batch_size": 10_000}
+LB_SAC |= {"actor_lr": 1.8e-3, "critic_lr": 1.8e-3}
+CRITICS = {  # N of SAC-N, N and eta of EDAC, N of LB-SAC
+    "halfcheetah-random": (10, 10, 0.0, 2),
+    "halfcheetah-medium": (10, 10, 1.0, 4),
+    "halfcheetah-expert": (10, 10, 1.0, 6),
+    "halfcheetah-medium-expert": (10, 10, 5.0, 8),
+    "halfcheetah-medium-replay": (10, 10, 1.0, 10),
+    "halfcheetah-full-replay": (10, 10, 1.0, 4),
+    "hopper-random": (500, 50, 0.0, 25),
+    "hopper-medium": (500, 50, 1.0, 25),
+    "hopper-expert": (500, 50, 1.0, 50),
+    "hopper-medium-expert": (200, 50, 1.0, 40),
+    "hopper-medium-replay": (200, 50, 1.0, 20),
+    "hopper-full-replay": (200, 50, 1.0, 25),
+    "walker2d-random": (20, 10, 1.0, 15),
+    "walker2d-medium": (20, 10, 1.0, 10),
+    "walker2d-expert": (100, 10, 5.0, 30),
+    "walker2d-medium-expert": (20, 10, 5.0, 10),
+    "walker2d-medium-replay": (20, 10, 1.0, 10),
+    "walker2d-full-replay": (20, 10, 1.0, 4),
+}
+PEN = {"pen-human": 1000.0, "pen-cloned": 10.0, "pen-expert": 10.0}  # eta
+
 DT = {"normalize_obs": True, "num_updates": 100_000, "batch_size": 64, "context": 20, "label": ""}
 DT |= {"return_scale": 1000.0, "hidden_dim": 128, "hidden_layers": 3, "attention_heads": 1}
 DT |= {"dropout": 0.1, "actor_lr": 1e-4, "warmup_updates": 10_000, "weight_decay": 1e-4}
@@ -344,6 +394,22 @@ PUBLISHED = {
             "kitchen": CQL_TEXT,
         },
     ),
+    "edac": (
+        EDAC,
+        {
+            "maze2d": {"eta": 0.1},
+            "adroit": {"num_critics": 50, "eta": 200.0},
+        },
+    ),
+    "sac_n": (
+        SAC_N,
+        {
+            "maze2d": {"num_critics": 25},
+            "antmaze": {"num_critics": 25},
+            "adroit": {"num_critics": 100},
+        },
+    ),
+    "lb_sac": (LB_SAC, {}),
     "bcq": (BCQ, {"maze2d": MAZE2D, "antmaze": ANTMAZE}),
     "brac": (BRAC, {"maze2d": MAZE2D, "antmaze": ANTMAZE}),
     "iql-online": (
@@ -404,6 +470,14 @@ PER_TASK = {
     },
 }
 PER_TASK["rebrac-online"] = PER_TASK["rebrac"]
+PER_TASK["sac_n"] = {task: {"num_critics": n} for task, (n, *_) in CRITICS.items()}
+PER_TASK["lb_sac"] = {task: {"num_critics": n} for task, (*_, n) in CRITICS.items()}
+PER_TASK["lb_sac"]["hopper-medium"]["layer_norm"] = True
+PER_TASK["lb_sac"]["hopper-expert"]["num_updates"] = 500_000
+PER_TASK["edac"] = {task: {"num_critics": 20, "eta": eta} for task, eta in PEN.items()}
+PER_TASK["edac"] |= {
+    task: {"num_critics": n, "eta": eta} for task, (_, n, eta, _) in CRITICS.items()
+}
 UNTUNED = {  # of <suite>/<task>: settings that nobody published for it
     "awac": r"kitchen/",
     "bc": r"kitchen/",
@@ -431,5 +505,5 @@ def test_values_are_the_published_ones(folder):
 @pytest.mark.parametrize("folder", UNTUNED)
 def test_untuned_settings_say_so(folder):
     for path in FILES[folder]:
-        untuned = re.search(UNTUNED[folder], f"{TASKS[path.stem]['suite']}/{path.stem}")
+        untuned = re.search(UNTUNED[folder], in_suite(path.stem))
         assert ("untuned" in comment(path)) == bool(untuned), path
