@@ -314,6 +314,23 @@ def test_the_policys_loss_leaves_the_critics_alone():
     assert all(torch.equal(a, b) for a, b in zip(before, agent.actor.parameters(), strict=True))
 
 
+def test_compiles_as_one_graph(monkeypatch):
+    """With the gradients of gradients in it."""
+    small = {"hidden_layers": 1, "num_critics": 2}
+    eager, compiled = make_edac(**small), make_edac(**small)
+    monkeypatch.setattr(torch._dynamo.config, "trace_autograd_ops", True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    update = torch.compile(compiled.update, fullgraph=True, backend="aot_eager")
+    for step in range(2):
+        expected, found = eager.update(*make_inputs(step)), update(*make_inputs(step))
+        for name in expected:
+            same(found[name], expected[name], name)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
+        same(ours, theirs)
+
+
 def test_acts_with_the_mean():
     agent, (batch, _) = make_edac(), make_batch(5)
     with torch.no_grad():
