@@ -35,6 +35,15 @@ def load_script(name: str):
     return sys.modules[key]
 
 
+def load_tool(place: str):
+    """A tool's file, such as "tools/report.py", as a module of its own."""
+    path = REPOSITORY / place
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
+
+
 def toy_episode(rng, steps: int, terminated: bool, **changes) -> EpisodeBuffer:
     """A random episode of Pendulum's sizes; `changes` replace its arrays."""
     ends = np.arange(steps) == steps - 1

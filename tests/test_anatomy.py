@@ -19,6 +19,7 @@ TOTALS |= {"iql": 1243, "dt": 1238, "cql": 1300, "cal_ql": 1309}
 TOTALS |= {"xql": 1147}
 TOTALS |= {"spot": 1261}
 TOTALS |= {"fql": 1250}
+TOTALS |= {"edac": 1165}
 BLOCKS = ["config", "online_config", "networks", "layer_norm", "squashed_policy"]
 BLOCKS += ["data", "evaluation", "run", "online"]
 OPTIONAL = ["online_config", "layer_norm", "squashed_policy", "online"]

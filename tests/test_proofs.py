@@ -22,6 +22,7 @@ NAMES = {
     "awac_temperature",
     "bcq_support",
     "fql_peaks",
+    "edac_diversity",
     "cql_pessimism",
     "xql_soft_maximum",
     "stitching",
@@ -174,6 +175,13 @@ def test_criteria_fail_where_the_claim_is_wrong():
         assert (
             holds("fql_peaks", share_on_a_peak=both[0], share_on_the_better_peak=both[1]) is right
         )
+    for cosine, pessimism, right in ((0.2, 3, True), (0.9, 3, False), (0.2, 1.4, False)):
+        few = {"cosine, SAC-N": 0.8, "cosine, EDAC": cosine}
+        few = {measure: {n: [v] * 4 for n in ("2", "5", "10")} for measure, v in few.items()}
+        for name, factor in (("SAC-N", 1), ("EDAC", pessimism)):
+            each = {str(n): [factor * n / 10] * 4 for n in (2, 5, 10)}
+            few[f"pessimism, {name}"] = each
+        assert prove.PROOFS["edac_diversity"].holds(few) is right
     for cql, right in ((1.0, True), (3.0, False)):
         learned = {"CQL": [1.0, cql], "SAC": [9.0, 9.0]}
         true = {"CQL": [2.0, 2.0], "SAC": [2.0, 2.0]}

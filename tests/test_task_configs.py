@@ -9,7 +9,7 @@ import re
 
 import pytest
 import yaml
-from conftest import REPOSITORY, load_script
+from conftest import REPOSITORY, load_script, load_tool
 
 with (REPOSITORY / "datasets" / "ogbench.csv").open(newline="") as file:
     rows = list(csv.DictReader(file))
@@ -22,11 +22,16 @@ for path in sorted((REPOSITORY / "configs").glob("*/*.yaml")):
     files.setdefault(path.parent.name + online, []).append(path)
 # folders with a file for every task
 COMPLETE = ["awac", "bc", "bc_10", "bcq", "brac", "cql", "dt", "iql", "rebrac", "td3_bc"]
+PARTIAL = {  # of <suite>/<task>: what a folder lacks, as nobody published settings for it
+    "edac": r"-dense|kitchen/",
+    "lb_sac": r"(maze2d|antmaze|adroit|kitchen)/",
+    "sac_n": r"-dense|kitchen/",
+}
 ONLINE = ["awac-online", "cal_ql", "cql-online", "fql-online", "iql-online", "rebrac-online"]
 ONLINE += ["spot-online"]
 MAZES = ["umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse"]
 HANDS = ["door", "hammer", "pen", "relocate"]
-SCRIPT = {"bc_10": "bc", "xql_c": "xql"}  # where a folder is not named as its script
+SCRIPT = load_tool("tools/sweep.py").SCRIPTS
 TASK_FIELDS = {"dataset_id", "download", "fallback_dataset_id", "env_id", "env_kwargs"}
 TASK_FIELDS |= {"ref_min_score", "ref_max_score"}
 
@@ -38,6 +43,10 @@ every_folder = pytest.mark.parametrize("folder", FILES)
 
 def task_of(path) -> str:
     return path.stem.removesuffix("-online")
+
+
+def in_suite(task: str) -> str:
+    return f"{TASKS[task]['suite']}/{task}"
 
 
 def script_of(path):
@@ -78,6 +87,17 @@ def test_xql_has_the_tasks_of_its_settings():
     hands = {f"{hand}-{data}" for hand in HANDS for data in ("human", "cloned")}
     for folder, tasks in {"xql": XQL_TUNED.keys(), "xql_c": XQL_TUNED.keys() | hands}.items():
         assert {path.stem for path in FILES[folder]} == tasks
+
+
+@pytest.mark.parametrize("folder", PARTIAL)
+def test_every_task_with_published_settings_has_a_file(folder):
+    tasks = {task for task in TASKS if not re.search(PARTIAL[folder], in_suite(task))}
+    assert {path.stem for path in FILES[folder]} == tasks
+
+
+def test_every_folder_is_listed():
+    others = ["fql", "spot", "xql", "xql_c"]  # whose tables below name their tasks
+    assert sorted([*COMPLETE, *PARTIAL, *ONLINE, *others]) == sorted(FILES)
 
 
 @pytest.mark.parametrize("folder", ONLINE)
@@ -279,6 +299,32 @@ LAMBDAS = {
     "antmaze-large-diverse": 0.025,
     **{f"{hand}-cloned": 1.0 for hand in HANDS},
 }
+EDAC = {**RUN, "num_updates": 3_000_000, "num_critics": 10, "eta": 1.0, "layer_norm": False}
+EDAC |= {"actor_lr": 3e-4, "critic_lr": 3e-4, "hidden_layers": 3}
+SAC_N = {**EDAC, "eta": 0.0, "label": "SAC-N"}
+LB_SAC = {**SAC_N, "label": "LB-SAC", "num_updates": 350_000, "batch_size": 10_000}
+LB_SAC |= {"actor_lr": 1.8e-3, "critic_lr": 1.8e-3}
+CRITICS = {  # N of SAC-N, N and eta of EDAC, N of LB-SAC
+    "halfcheetah-random": (10, 10, 0.0, 2),
+    "halfcheetah-medium": (10, 10, 1.0, 4),
+    "halfcheetah-expert": (10, 10, 1.0, 6),
+    "halfcheetah-medium-expert": (10, 10, 5.0, 8),
+    "halfcheetah-medium-replay": (10, 10, 1.0, 10),
+    "halfcheetah-full-replay": (10, 10, 1.0, 4),
+    "hopper-random": (500, 50, 0.0, 25),
+    "hopper-medium": (500, 50, 1.0, 25),
+    "hopper-expert": (500, 50, 1.0, 50),
+    "hopper-medium-expert": (200, 50, 1.0, 40),
+    "hopper-medium-replay": (200, 50, 1.0, 20),
+    "hopper-full-replay": (200, 50, 1.0, 25),
+    "walker2d-random": (20, 10, 1.0, 15),
+    "walker2d-medium": (20, 10, 1.0, 10),
+    "walker2d-expert": (100, 10, 5.0, 30),
+    "walker2d-medium-expert": (20, 10, 5.0, 10),
+    "walker2d-medium-replay": (20, 10, 1.0, 10),
+    "walker2d-full-replay": (20, 10, 1.0, 4),
+}
+PEN = {"pen-human": 1000.0, "pen-cloned": 10.0, "pen-expert": 10.0}  # eta
 
 DT = {"normalize_obs": True, "num_updates": 100_000, "batch_size": 64, "context": 20, "label": ""}
 DT |= {"return_scale": 1000.0, "hidden_dim": 128, "hidden_layers": 3, "attention_heads": 1}
@@ -439,6 +485,22 @@ PUBLISHED = {
             "kitchen": CQL_TEXT,
         },
     ),
+    "edac": (
+        EDAC,
+        {
+            "maze2d": {"eta": 0.1},
+            "adroit": {"num_critics": 50, "eta": 200.0},
+        },
+    ),
+    "sac_n": (
+        SAC_N,
+        {
+            "maze2d": {"num_critics": 25},
+            "antmaze": {"num_critics": 25},
+            "adroit": {"num_critics": 100},
+        },
+    ),
+    "lb_sac": (LB_SAC, {}),
     "bcq": (BCQ, {"maze2d": MAZE2D, "antmaze": ANTMAZE}),
     "brac": (BRAC, {"maze2d": MAZE2D, "antmaze": ANTMAZE}),
     "xql": (
@@ -562,6 +624,14 @@ PER_TASK["fql"] = {task: {"alpha": alpha} for task, alpha in FQL_ALPHA.items()}
 PER_TASK["fql-online"] = {
     task: {"alpha": alpha} for task, alpha in (FQL_ALPHA | FQL_ONLINE_ALPHA).items()
 }
+PER_TASK["sac_n"] = {task: {"num_critics": n} for task, (n, *_) in CRITICS.items()}
+PER_TASK["lb_sac"] = {task: {"num_critics": n} for task, (*_, n) in CRITICS.items()}
+PER_TASK["lb_sac"]["hopper-medium"]["layer_norm"] = True
+PER_TASK["lb_sac"]["hopper-expert"]["num_updates"] = 500_000
+PER_TASK["edac"] = {task: {"num_critics": 20, "eta": eta} for task, eta in PEN.items()}
+PER_TASK["edac"] |= {
+    task: {"num_critics": n, "eta": eta} for task, (_, n, eta, _) in CRITICS.items()
+}
 UNTUNED = {  # of <suite>/<task>: settings that nobody published for it
     "awac": r"kitchen/",
     "bc": r"kitchen/",
@@ -589,7 +659,7 @@ def test_values_are_the_published_ones(folder):
 @pytest.mark.parametrize("folder", UNTUNED)
 def test_untuned_settings_say_so(folder):
     for path in FILES[folder]:
-        untuned = re.search(UNTUNED[folder], f"{TASKS[path.stem]['suite']}/{path.stem}")
+        untuned = re.search(UNTUNED[folder], in_suite(path.stem))
         assert ("untuned" in comment(path)) == bool(untuned), path
 
 
