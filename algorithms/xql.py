@@ -416,7 +416,7 @@ class XQL(Agent):
         z = z.clamp(max=self.cfg.max_clip)
         loss, form = torch.exp(z) - z - 1, self.cfg.value_loss
         if form == "rescaled":
-            m = z.detach().amax(-1).clamp(min=-1)
+            m = z.detach().amax(-1).clamp(min=-1)  # D2
             return torch.exp(-m) * loss.mean(-1), z
         return loss.mean(-1).log1p() if form == "log" else loss.mean(-1), z
 
