@@ -12,7 +12,7 @@ import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
-from conftest import TOY_ENV, toy_episode, write_dataset
+from conftest import TOY_ENV, contents, toy_episode, write_dataset
 from PIL import Image
 
 PATH = Path(__file__).resolve().parents[1] / "datasets" / "doctor.py"
@@ -72,8 +72,13 @@ class Patient:
         path.write_text(json.dumps(kept))
 
     def findings(self) -> list:
-        data = doctor.load(str(self.folder))
-        return [finding for check in doctor.CHECKS for finding in check(data)]
+        return doctor.diagnose(self.load())
+
+    def load(self):
+        return doctor.load(str(self.folder))
+
+    def notes(self) -> str:
+        return "\n".join(doctor.notes(self.load()))
 
     def only(self, title: str) -> str:
         """The detail of the one finding, which has this title."""
@@ -81,6 +86,15 @@ class Patient:
         assert [finding.title for finding in findings] == [title]
         assert findings[0].effect and findings[0].mend
         return findings[0].detail
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Where pictures go unasked; the working directory is another folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "cache" / "stitch" / "doctor"
 
 
 @pytest.fixture
@@ -104,11 +118,28 @@ def test_clean_set_has_no_finding(patient, capsys):
     lowest = min(patient.get(i, "observations")[:, 2].min() for i in range(EPISODES))
     assert f"observation 2   {lowest:12.4g}" in out
     (picture,) = Path("pictures").iterdir()
-    assert picture.name == "toy-walk-v0-doctor.png" and f"picture: {picture}" in out
+    assert picture.name == "toy-walk-v0-doctor.png"
+    assert out.splitlines()[-1] == f"picture: {picture}"
     with Image.open(picture) as image:
         image.load()
         assert image.format == "PNG" and min(image.size) >= 800
         assert np.asarray(image.convert("L")).std() > 10  # not an empty page
+
+
+def test_picture_goes_into_the_cache(patient, cache, capsys):
+    before = contents(patient.folder.parent)
+    assert doctor.main([str(patient.folder)]) == 0
+    picture = cache / "toy-walk-v0-doctor.png"
+    assert picture.is_file()
+    assert capsys.readouterr().out.splitlines()[-1] == f"picture: {picture}"
+    assert not list(Path().iterdir()) and contents(patient.folder.parent) == before
+
+
+@pytest.mark.parametrize("value", ["", "here"])
+def test_cache_that_is_no_absolute_folder(value, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert doctor.picture_folder() == tmp_path / ".cache" / "stitch" / "doctor"
 
 
 def test_fault_is_told_with_effect_and_mend(patient, capsys):
@@ -117,23 +148,22 @@ def test_fault_is_told_with_effect_and_mend(patient, capsys):
     out = capsys.readouterr().out
     assert "1. terminal and timeout at once: 1 step in 1 episode, first in episode 4 at step" in out
     assert "effect: loaders disagree" in out and "mend:   keep the termination" in out
-    assert Path("toy-walk-v0-doctor.png").is_file()
 
 
 def test_id_of_the_store_and_one_that_is_not_there(clean, monkeypatch, capsys):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(clean.parents[2]))
     assert doctor.main(["no/such-v0", "toy/walk-v0"]) == 2
     out, err = capsys.readouterr()
-    assert "nothing wrong found" in out and err.startswith("error: no/such-v0 is not here")
+    assert "nothing wrong found" in out and err.startswith("error: dataset_id no/such-v0 is not here")
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["no/such-v0"], ["no/such-v0 is not here", "Minari's store"]),
+        (["no/such-v0"], ["no/such-v0 is not here", "the store"]),
         (["D4RL/hopper/medium-v2"], ["python datasets/d4rl.py hopper-medium-v2"]),
-        (["empty"], ["empty holds no metadata.json"]),
-        (["set/data", "--out", "a-file"], ["a-file", "--out"]),
+        (["empty"], ["empty is not here"]),
+        (["../set/data", "--out", "a-file"], ["a-file", "--out"]),
         ([], ["ID", "--help"]),
         (["set", "--bad"], ["--bad", "--help"]),
     ],
@@ -168,7 +198,7 @@ def test_unreadable_set_is_one_line(patient, harm, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert str(patient.folder) in error and "convert it again" in error
-    assert not list(Path().glob("*.png"))
+    assert not list(Path().iterdir())
 
 
 # ---- files
@@ -199,6 +229,49 @@ def test_not_finite(patient, key, value):
     patient.edit(5, key, 7, value)
     detail = patient.only("NaN or infinite values")
     assert "first episode 5" in detail and key[:3] in detail
+
+
+@pytest.mark.parametrize("key", ["terminations", "truncations"])
+@pytest.mark.parametrize("value", [2.0, -1.0, 0.5])
+def test_flags_that_are_no_flags(patient, key, value):
+    patient.set(5, **{key: np.full(STEPS, value)})
+    detail = patient.only("flags that are neither 0 nor 1")
+    assert f"first episode 5: {key} hold {value}" in detail
+
+
+def test_unknown_last_observations_are_a_note(patient, monkeypatch):
+    page = doctor.page(patient.load()).splitlines()
+    for episode in (3, 9):
+        patient.edit(episode, "observations", -1, np.nan)
+    data = patient.load()
+    assert doctor.diagnose(data) == [] and data.unknown.sum() == 2
+    assert "2 episodes without a known last observation (NaN)" in patient.notes()
+    again = doctor.page(data).splitlines()
+    assert len(again) == len(page) + 1 and not any("nan " in line for line in again)
+    assert [line.split()[0] for line in page if line not in again] == ["observation"] * 3
+    assert np.isfinite(data.changes[0]).all() and len(np.unique(data.hashes)) == EPISODES * STEPS
+    figures, close = [], doctor.plt.close
+    monkeypatch.setattr(doctor.plt, "close", figures.append)
+    doctor.draw(data, [], Path("unknown.png"))
+    bars = [bar for axes in figures[0].axes for bar in axes.patches]
+    assert len(bars) > 100 and np.isfinite([bar.get_height() for bar in bars]).all()
+    close(figures[0])
+
+
+@pytest.mark.parametrize(
+    ("episode", "rows"), [(3, np.s_[-1, 0]), (3, np.s_[:1]), (3, np.s_[-2:]), (4, np.s_[-1])]
+)
+def test_what_else_is_unknown_is_a_fault(patient, episode, rows):
+    """Part of an observation, one that is not the last, or the last of an end that is known."""
+    patient.edit(episode, "observations", rows, np.nan)
+    assert f"first episode {episode}" in patient.only("NaN or infinite values")
+
+
+def test_faults_are_found_beside_unknown_observations(patient):
+    for episode in range(1, EPISODES, 2):
+        patient.edit(episode, "observations", -1, np.nan)
+    patient.everywhere("observations", lambda states: states * np.float32([1, 1, 0]) + 0.5)
+    assert "first dimension 2" in patient.only("constant observations")
 
 
 # ---- jumps
@@ -271,6 +344,19 @@ def test_flag_in_the_middle(patient, key):
 def test_end_without_a_flag(patient):
     patient.edit(1, "truncations", -1, False)
     assert "first in episode 1" in patient.only("episodes that end with neither flag")
+    assert "has no end" not in patient.notes()
+
+
+def test_ends_that_were_all_lost(patient):
+    for key in ("terminations", "truncations"):
+        patient.everywhere(key, np.zeros_like)
+    assert "24 steps in 24" in patient.only("episodes that end with neither flag")
+
+
+def test_recording_that_stopped_in_its_last_episode_is_a_note(patient):
+    patient.edit(EPISODES - 1, "truncations", -1, False)
+    assert patient.findings() == []
+    assert f"episode {EPISODES - 1} has no end" in patient.notes()
 
 
 # ---- rewards
@@ -304,7 +390,7 @@ def maze_data(late: bool, ends: bool = False, observed: bool = False, seed: int 
     metadata = {"env_spec": spec.to_json(), "observation_space": space}
     actions = np.zeros((len(rewards), 2), np.float32)
     numbers = np.arange(len(episodes))
-    return doctor.Data("maze", metadata, states, actions, rewards, *flags, starts, numbers, [])
+    return doctor.Data("maze", metadata, states, actions, rewards, *flags, starts, numbers, [], [])
 
 
 @pytest.mark.parametrize("observed", [False, True])
@@ -353,7 +439,7 @@ def test_equal_returns_are_a_note(patient):
     rewards = np.where(np.arange(STEPS) % 2, -1, -2).astype(np.float32)
     patient.everywhere("rewards", lambda _: rewards)
     assert patient.findings() == []
-    assert any("same return" in note for note in doctor.notes(doctor.load(str(patient.folder))))
+    assert "same return" in patient.notes()
 
 
 # ---- observations and actions
@@ -386,15 +472,14 @@ def test_saturated_actions_are_a_note(patient):
     patient.everywhere("actions", np.sign)
     patient.everywhere("actions", lambda actions: 2 * actions)
     assert patient.findings() == []
-    notes = list(doctor.notes(doctor.load(str(patient.folder))))
-    assert "100.0% of the action components are at a bound of their space" in notes
+    assert "100.0% of the action components are at a bound of their space" in patient.notes()
 
 
 def test_duplicated_episode(patient):
     for key in ("observations", "actions", "rewards", "terminations", "truncations"):
         patient.set(16, **{key: patient.get(2, key)})
     assert "1 episode occurred before, first episode 16" in patient.only("duplicated episodes")
-    assert "40 steps, 1 whole episode" in doctor.page(doctor.load(str(patient.folder)))
+    assert "40 steps, 1 whole episode" in doctor.page(patient.load())
 
 
 # ---- what the metadata say
@@ -424,16 +509,29 @@ def test_swapped_tiers(patient, name, mean, wrong):
         assert patient.findings() == []
 
 
-@pytest.mark.parametrize("key", ["ref_min_score", "ref_max_score"])
-def test_missing_reference(patient, key):
-    patient.describe(**{key: None})
-    patient.only("no reference returns")
+def test_no_references_are_a_note(patient):
+    patient.describe(ref_min_score=None, ref_max_score=None)
+    assert patient.findings() == [] and "no scores" in patient.notes()
 
 
-@pytest.mark.parametrize("low", [-20.0, 5.0])
-def test_references_in_the_wrong_order(patient, low):
-    patient.describe(ref_min_score=low)
-    assert str(low) in patient.only("references in the wrong order")
+@pytest.mark.parametrize(
+    "references",
+    [
+        {"ref_min_score": None},
+        {"ref_max_score": None},
+        {"ref_min_score": -20.0},  # equal to the other
+        {"ref_min_score": 5.0},  # above it
+        {"ref_min_score": "-160"},
+        {"ref_max_score": [1, 2]},
+        {"ref_max_score": True},
+        {"ref_max_score": float("nan")},
+        {"ref_max_score": 10**400},
+    ],
+)
+def test_references_that_give_no_score(patient, references):
+    patient.describe(**references)
+    (value,) = references.values()
+    assert str(value)[:300] in patient.only("references that give no score")
 
 
 @pytest.mark.parametrize("references", [(-30.0, -20.0), (-1000.0, -990.0)])
@@ -444,7 +542,7 @@ def test_references_that_do_not_fit(patient, references):
 
 def test_no_environment(patient):
     patient.describe(env_spec=None)
-    assert "env_spec is missing" in patient.only("no environment to evaluate in")
+    assert "names no environment" in patient.only("no environment to evaluate in")
 
 
 def test_environment_that_cannot_be_read(patient):
@@ -467,7 +565,7 @@ def test_environment_of_another_size(patient):
 def test_environment_that_differs_is_a_note(patient):
     patient.describe(environment_differs="it has wind", env_spec=TOY_ENV.to_json())
     assert patient.findings() == []
-    assert "environment differs: it has wind" in doctor.page(doctor.load(str(patient.folder)))
+    assert "environment differs: it has wind" in doctor.page(patient.load())
 
 
 # ---- what it stands on
