@@ -1,7 +1,7 @@
 """Examine an offline dataset before training on it: one page of text, one picture, its faults.
 
     python datasets/doctor.py D4RL/hopper/medium-v2 datasets/hopper/medium-v0
-    python datasets/doctor.py my/own/set-v0 --out pictures
+    python datasets/doctor.py my/own/set-v0 --env_id mymodule:Mine-v0 --out pictures
 
 An ID is a dataset in Minari's store (MINARI_DATASETS_PATH) or a folder that holds one. The picture
 is <name>-doctor.png in the folder of --out, or else in ~/.cache/stitch/doctor; the last line says
@@ -95,6 +95,7 @@ class Data:
     numbers: np.ndarray  # [E], their numbers in the file
     broken: list  # (episode number, kind of problem, detail) of the episodes left out
     refused: list  # what the training scripts say of the others that they refuse
+    env_id: str = "auto"  # the environment to evaluate in, as the training scripts take it
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -185,12 +186,13 @@ class Data:
             low, high = self.actions.min(0), self.actions.max(0)
         units = {"obs_mean": np.zeros(self.obs.shape[1]), "obs_std": np.ones(self.obs.shape[1])}
         units |= {"action_center": (low + high) / 2, "action_half_range": (high - low) / 2}
-        agent = frame.Agent(frame.TrainConfig(), {**units, "return_range": np.zeros(2)})
+        cfg = frame.TrainConfig(env_id=self.env_id)
+        agent = frame.Agent(cfg, {**units, "return_range": np.zeros(2)})
         metadata = {**self.metadata, "longest_episode": int(self.lengths.max())}
         try:
             with redirect_stderr(io.StringIO()), redirect_stdout(told), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # old versions of environments ask to be replaced
-                frame.find_environment(agent.cfg, metadata, agent)
+                frame.find_environment(cfg, metadata, agent)
         except frame.RunError as error:
             return told.getvalue(), plain(error)
         return told.getvalue(), ""
@@ -269,13 +271,13 @@ def read_episode(stored: dict, spaces: tuple) -> tuple[dict, tuple]:
     return {name: values.astype(np.float32) for name, values in arrays.items()}, ()
 
 
-def load(dataset_id: str) -> Data:
+def load(dataset_id: str, env_id: str = "auto") -> Data:
     """Read a whole dataset. Raises DoctorError where there is nothing to examine."""
     frame, about = trainer(), ""
     try:
         folder = frame.find_dataset(frame.TrainConfig(dataset_id=dataset_id, download=False))
         about = f"dataset {dataset_id}: "
-        return read(dataset_id, folder)
+        return read(dataset_id, folder, env_id)
     except (DoctorError, frame.RunError) as error:
         raise DoctorError(f"{about}{plain(error)}") from None
     except Exception as error:  # h5py, Minari and gymnasium each have errors of their own
@@ -283,7 +285,7 @@ def load(dataset_id: str) -> Data:
         raise DoctorError(f"dataset {dataset_id} {reason}: collect or convert it again") from None
 
 
-def read(dataset_id: str, folder: Path) -> Data:
+def read(dataset_id: str, folder: Path, env_id: str) -> Data:
     """The whole episodes of a dataset, and what is wrong with the others."""
     frame, episodes, broken, refused = trainer(), [], [], []
     if not {"observation_space", "action_space"} <= MinariStorage.read_raw_metadata(folder).keys():
@@ -314,7 +316,8 @@ def read(dataset_id: str, folder: Path) -> Data:
     arrays = [joined[name] for name in ("obs", "action", "reward")]
     arrays += [joined[name] > 0 for name in ("terminated", "truncated")]
     arrays += [np.cumsum([0, *joined["steps"]]), joined["number"]]
-    return Data(plain(metadata.get("dataset_id") or dataset_id), metadata, *arrays, broken, refused)
+    name = plain(metadata.get("dataset_id") or dataset_id)
+    return Data(name, metadata, *arrays, broken, refused, env_id)
 
 
 # ---- the checks: each yields its findings
@@ -585,7 +588,7 @@ def check_environment(data: Data) -> Iterator[Finding]:
             "the environment is another one" if other else "no environment to evaluate in",
             refusal,
             "policies can be trained (--env_id none) but not evaluated",
-            "give the set an env_spec, or the training script an env_id",
+            "give the set an env_spec, or scripts and doctor an --env_id (yours: module:Id-v0)",
         )
     if "WARNING: actions" in told:
         detail = plain(told.partition("WARNING: ")[2].partition("WARNING: ")[0])
@@ -823,10 +826,10 @@ def picture_folder() -> Path:
 
 
 @np.errstate(all="ignore")  # what overflows is infinite, and found
-def examine(dataset_id: str, out: Path | None) -> int:
+def examine(dataset_id: str, env_id: str, out: Path | None) -> int:
     """Print the page and the findings, save the picture; 0, 1 or, after an error, 2."""
     try:
-        data = load(dataset_id)
+        data = load(dataset_id, env_id)
         print(page(data), flush=True)
         findings = diagnose(data)
         print(f"\n{describe(findings)}\n", flush=True)
@@ -848,13 +851,14 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, 1 where something is wrong, 2 where a dataset cannot be examined."""
     parser = Parser(description="Examine an offline dataset before training on it.")
     parser.add_argument("ids", nargs="+", metavar="ID", help="an id in Minari's store, or a folder")
+    parser.add_argument("--env_id", default="auto", help="as in the training scripts (auto)")
     parser.add_argument("--out", type=Path, help="folder of the pictures (~/.cache/stitch/doctor)")
     try:
         args = parser.parse_args(argv)
     except DoctorError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return max([examine(dataset_id, args.out) for dataset_id in args.ids])
+    return max([examine(dataset_id, args.env_id, args.out) for dataset_id in args.ids])
 
 
 if __name__ == "__main__":
