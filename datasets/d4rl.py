@@ -1,19 +1,31 @@
-"""Convert D4RL's own HDF5 files into Minari's store.
+"""Convert D4RL's own HDF5 files, and others in their layout, into Minari's store.
 
     python datasets/d4rl.py hopper-medium-v2 antmaze-umaze      # download and convert
     python datasets/d4rl.py door-human-v1 --file door-human-v1.hdf5
+    python datasets/d4rl.py --file mine.hdf5 --id mine/valve-v0 --env_id valve:Valve-v0
     python datasets/d4rl.py --list
 
 A task becomes `D4RL/<robot>/<dataset>-vN`; `tasks.csv` beside this file is the table of tasks.
 
+Files of your own, with `--id`
+- Arrays: observations [N, obs_dim], actions [N, act_dim], rewards and terminals [N] or [N, 1], and
+  perhaps timeouts and next_observations. They are stored as float32.
+- `--env_id` names the environment, whose action space the set takes: a registered id, or
+  module:Id-v0, which imports the module. Without it the set names none, and its actions lie within
+  [-1, 1] or, where they exceed that, within the smallest and largest of each component.
+- `--ref_min_score` and `--ref_max_score` are the returns that score 0 and 100.
+
 Episodes
 - One ends at a terminal, at a timeout, at a jump (its `next_observations` is not the observation
-  that follows: two recordings were joined there) and at the end of the file.
-- The last next observation is the file's where it has `next_observations`. Where it has none, the
-  last step of an episode that did not terminate is dropped, for what it led to is unknown; one that
-  terminated repeats its last observation, which no bootstrap reads.
-- A step that is terminal and timeout at once is a terminal. Actions are clipped to [-1, 1].
+  that follows: two recordings were joined there) and at the end of the file. Timeouts and jumps
+  truncate; an episode that the file's end cuts (`unfinished`) neither terminates nor truncates at
+  its last step: its rewards go on, so that its returns say nothing.
+- The last next observation is the file's where it has `next_observations`. Where it has none, that
+  of an episode that did not terminate is unknown and stored as NaN; one that terminated repeats its
+  last observation, which no bootstrap reads.
+- A step that is terminal and timeout at once is a terminal. Actions are clipped to their space.
 - All this is counted, printed, and stored in the metadata as `counts`.
+- A file that reads elsewhere, by links or virtual or external arrays, is refused.
 
 Mazes
 - maze2d's x runs along the rows of the map and its y along the columns, antmaze's y runs down the
@@ -25,8 +37,9 @@ Mazes
 - Today's ant has five times the torque and half the time step of D4RL's. The environment undoes
   both: a fifth of 150 N m at full action, 10 frames of 0.01 s.
 
-The metadata hold the environment, D4RL's reference scores, `source: d4rl-hdf5 <sha256>` and, where
-today's environment still differs from D4RL's, one sentence in `environment_differs`.
+The metadata hold the environment, the reference scores, `source: d4rl-hdf5 <sha256>` (or `hdf5` for
+your own) and, where today's environment still differs from D4RL's, a sentence in
+`environment_differs`.
 """
 
 import argparse
@@ -40,6 +53,7 @@ import http.client
 import io
 import json
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -49,7 +63,7 @@ import urllib.request
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +71,7 @@ import gymnasium as gym
 import h5py
 import minari
 import numpy as np
+from gymnasium.spaces.utils import flatdim
 from gymnasium.wrappers import FilterObservation, FlattenObservation, RescaleAction
 from minari.dataset.minari_storage import MinariStorage
 from minari.storage import get_dataset_path
@@ -69,9 +84,9 @@ TIMEOUT = 30  # seconds without a byte after which a connection is given up
 SOURCE = "d4rl-hdf5"  # marks what was converted here in Minari's metadata
 BATCH = 100_000  # steps held in memory at once
 LOCAL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG}
-OUTCOMES = ("episodes", "terminated", "timed_out", "cut")
-REPAIRS = ("jumps", "terminal_and_timeout", "dropped_last_steps", "dropped_episodes")
-REPAIRS += ("repeated_last_observations", "clipped_steps", "largest_excess")
+OUTCOMES = ("episodes", "terminated", "timed_out", "jumps", "unfinished")
+REPAIRS = ("terminal_and_timeout", "unknown_last_observations", "repeated_last_observations")
+REPAIRS += ("clipped_steps", "largest_excess")
 # suite: how D4RL's axes turn the map, metres a cell, x and y of cell (1, 1) in D4RL's frame
 # (maze2d's walls stand 0.2 m off the whole numbers)
 MAZES = {"maze2d": (np.rot90, 1.0, 0.8), "antmaze": (np.flipud, 4.0, 0.0)}
@@ -83,23 +98,26 @@ class D4RLError(Exception):
 
 @dataclass(frozen=True)
 class Task:
-    """A row of tasks.csv; cells are (row, column) in D4RL's map, None = any free cell."""
+    """A row of tasks.csv, or a set of the user's, of suite "own".
+
+    Cells are (row, column) in D4RL's map, None = any free cell.
+    """
 
     task: str
     suite: str
     minari_id: str
-    obs_dim: int
-    act_dim: int
-    max_episode_steps: int
-    ref_min_score: float
-    ref_max_score: float
-    url: str
-    eval_env: str
-    reset_cell: tuple[int, int] | None
-    goal_cell: tuple[int, int] | None
-    hub_id: str
-    hub_relation: str
-    note: str  # what of today's environment differs from D4RL's
+    obs_dim: int = 0  # 0 = as the file has it
+    act_dim: int = 0
+    max_episode_steps: int | None = None  # None = as the environment has it
+    ref_min_score: float | None = None
+    ref_max_score: float | None = None
+    url: str = ""
+    eval_env: str = ""
+    reset_cell: tuple[int, int] | None = None
+    goal_cell: tuple[int, int] | None = None
+    hub_id: str = ""
+    hub_relation: str = ""
+    note: str = ""  # what of today's environment differs from D4RL's
 
     @property
     def stored(self) -> str:
@@ -179,8 +197,8 @@ def download(
     while True:
         try:
             fetch(url, part, timeout)
-            open_source(part, task).close()
-            part.replace(path)
+            with open_source(part, task):
+                part.replace(path)
             return
         except (OSError, http.client.HTTPException, D4RLError) as error:
             if getattr(error, "errno", None) in LOCAL_ERRORS:
@@ -232,47 +250,97 @@ def fetch(url: str, part: Path, timeout: float) -> None:
 # ---- D4RL's file
 
 
-def open_source(path: Path, task: Task) -> h5py.File:
-    """Open D4RL's file. Raises D4RLError unless it has the task's arrays, of its sizes."""
-    name = Path(task.url).name
+@contextmanager
+def open_source(path: Path, task: Task) -> Iterator[h5py.File]:
+    """A file in D4RL's layout. Raises D4RLError unless it has the task's arrays, of its sizes."""
+    own, name = task.suite == "own", Path(task.url).name
     if not path.is_file():
-        raise D4RLError(f"{path} is not a file: give D4RL's {name} with --file")
+        mend = "a file in D4RL's layout" if own else f"D4RL's {name}"
+        raise D4RLError(f"{path} is not a file: give {mend} with --file")
     try:
         file = h5py.File(path, "r")
     except OSError:
-        mend = f"delete it and fetch {task.url} again"
+        mend = "write it again" if own else f"delete it and fetch {task.url} again"
         raise D4RLError(f"{path} is no HDF5 file or is cut short: {mend}") from None
-    sizes = {"observations": task.obs_dim, "actions": task.act_dim, "rewards": 1, "terminals": 1}
-    optional = {"timeouts": 1, "next_observations": task.obs_dim}
-    if task.suite != "kitchen":  # where each demonstration ends in a terminal
-        sizes["timeouts"] = optional.pop("timeouts")
-    if task.suite in MAZES:
-        optional["infos/goal"] = 2
-    shapes = {key: getattr(file.get(key), "shape", None) for key in sizes | optional}
+    with file:
+        refuse_links(file)
+        problem = find_problem(file, task)
+        if problem:
+            mend = f"give D4RL's file of {task.task}, which is {name}"
+            mend = "--help says which arrays a file has" if own else mend
+            raise D4RLError(f"{path} {problem}: {mend}")
+        yield file
+
+
+def refuse_links(file: h5py.File) -> None:
+    """Raise D4RLError where a file reads elsewhere or runs in a circle; nothing is followed there.
+
+    That is at soft and external links, virtual arrays, arrays stored in other files, and groups
+    reached twice.
+    """
+    groups = {h5py.h5o.get_info(file.id).addr}
+
+    def find_fault(name: bytes, link) -> str | None:  # of each link, and each group, once
+        fault = None
+        thing = h5py.h5o.open(file.id, name) if link.type == h5py.h5l.TYPE_HARD else None
+        if thing is None:
+            fault = "a soft or external link"
+        elif isinstance(thing, h5py.h5g.GroupID):
+            address = h5py.h5o.get_info(thing).addr
+            fault = "a group reached twice" if address in groups else None
+            groups.add(address)
+        elif isinstance(thing, h5py.h5d.DatasetID):
+            plan = thing.get_create_plist()
+            if plan.get_layout() == h5py.h5d.VIRTUAL or plan.get_external_count():
+                fault = "an array stored elsewhere"
+        return fault and f"{name.decode(errors='replace')!r} is {fault}"
+
+    try:
+        fault = file.id.links.visit(find_fault, info=True)  # which ends at the first
+    except (OSError, RuntimeError, KeyError, ValueError):
+        raise D4RLError(f"{file.filename} is damaged: write or fetch it again") from None
+    if fault:
+        raise D4RLError(f"{file.filename}: {fault}: write a file that holds its arrays itself")
+
+
+def find_problem(file: h5py.File, task: Task) -> str | None:
+    """What is wrong with the names and shapes of the arrays."""
+    required = ["observations", "actions", "rewards", "terminals"]
+    # a demonstration of the kitchen ends in a terminal
+    optional = ["next_observations"] + ["infos/goal"] * (task.suite in MAZES)
+    (optional if task.suite in ("kitchen", "own") else required).append("timeouts")
+    shapes = {key: getattr(file.get(key), "shape", None) for key in required + optional}
     steps = (shapes["rewards"] or (0,))[0]
-    problem = None if steps else "has no rewards"
-    for key, size in (sizes | optional).items():
-        if shapes[key] is None:
-            problem = problem or (f"has no {key}" if key in sizes else None)
-        elif shapes[key] != (steps, size) and (size > 1 or shapes[key] != (steps,)):
-            problem = problem or f"has {key} of shape {shapes[key]} instead of {(steps, size)}"
-    if problem:
-        file.close()
-        raise D4RLError(f"{path} {problem}: give D4RL's file of {task.task}, which is {name}")
-    return file
+    if not steps:
+        return "has no rewards"
+    sizes = {"observations": task.obs_dim, "actions": task.act_dim, "infos/goal": 2}
+    for key in ("observations", "actions") if task.suite == "own" else ():
+        sizes[key] = max(1, shapes[key][1]) if len(shapes[key] or ()) > 1 else 1
+    sizes["next_observations"] = sizes["observations"]
+    for key, shape in shapes.items():
+        size = sizes.get(key, 1)
+        if shape is None and key in required:
+            return f"has no {key}"
+        if shape not in (None, (steps, size)) and (size > 1 or shape != (steps,)):
+            return f"has {key} of shape {shape} instead of {(steps, size)}"
+    return None
 
 
 def read(file: h5py.File, key: str, start: int, stop: int) -> np.ndarray:
     """Steps start to stop as float32 [steps, size]. Raises D4RLError at what is not a number."""
+    mend = "mend it or fetch it again"
     try:
-        values = np.asarray(file[key][start:stop], np.float32).reshape(stop - start, -1)
-    except (OSError, ValueError):
-        text = f"{file.filename}: {key} cannot be read from step {start:,} on: fetch it again"
+        if file[key].dtype.kind not in "biuf":
+            raise TypeError
+        with np.errstate(over="ignore"):
+            values = np.asarray(file[key][start:stop], np.float32).reshape(stop - start, -1)
+    except (OSError, ValueError, TypeError, RuntimeError, MemoryError):
+        text = f"{file.filename}: {key} cannot be read as numbers from step {start:,} on: {mend}"
         raise D4RLError(text) from None
     finite = np.isfinite(values).all(1)
     if not finite.all():
         step = start + int(finite.argmin())
-        raise D4RLError(f"{file.filename}: {key} is not finite at step {step:,}: fetch it again")
+        raise D4RLError(f"{file.filename}: {key} is not finite at step {step:,}: {mend}")
     return values
 
 
@@ -290,16 +358,16 @@ def read_ends(file: h5py.File, counts: Counter) -> tuple[list[int], np.ndarray, 
         stop = min(start + BATCH, steps - 1)
         gap = read(file, "next_observations", start, stop)
         gap -= read(file, "observations", start + 1, stop + 1)
-        jumps = (np.abs(gap).max(1) > 1e-6) & ~last[start:stop]
-        counts["jumps"] += int(jumps.sum())
-        last[start:stop] |= jumps
+        last[start:stop] |= np.abs(gap).max(1) > 1e-6
     return np.flatnonzero(last).tolist(), terminals, timeouts
 
 
-def read_episodes(file: h5py.File, shift: np.ndarray | None, counts: Counter) -> Iterator[dict]:
+def read_episodes(
+    file: h5py.File, space: gym.spaces.Box, shift: np.ndarray | None, counts: Counter
+) -> Iterator[dict]:
     """D4RL's steps as episodes in Minari's layout; fills `counts`.
 
-    observations [T+1, obs_dim], actions [T, act_dim], rewards [T], float32; terminations and
+    observations [T+1, obs_dim], actions [T, *their shape], rewards [T], float32; terminations and
     truncations [T], bool; infos/goal [T+1, 2] where the file has it. `shift` [2] moves x and y.
     """
     ends, terminals, timeouts = read_ends(file, counts)
@@ -307,17 +375,16 @@ def read_episodes(file: h5py.File, shift: np.ndarray | None, counts: Counter) ->
     for i, end in enumerate(ends):
         if end >= limit:  # the next batch: whole episodes, up to the one that passes BATCH steps
             base, limit = start, ends[bisect.bisect(ends, start + BATCH, i, len(ends) - 1)] + 1
-            data = read_batch(file, base, limit, shift, counts)
+            data = read_batch(file, base, limit, space, shift, counts)
         rows = slice(start - base, end + 1 - base)
-        episode = cut_episode({key: data[key][rows] for key in data}, terminals[end], counts)
+        cut = "jumps" if end < len(terminals) - 1 else "unfinished"
+        how = "terminated" if terminals[end] else "timed_out" if timeouts[end] else cut
+        counts.update({"episodes": 1, "steps": end + 1 - start, how: 1})
+        yield cut_episode({key: data[key][rows] for key in data}, how, counts)
         start = end + 1
-        if episode is not None:
-            how = "terminated" if terminals[end] else "timed_out" if timeouts[end] else "cut"
-            counts.update({"episodes": 1, "steps": len(episode["rewards"]), how: 1})
-            yield episode
 
 
-def read_batch(file, start: int, stop: int, shift, counts: Counter) -> dict[str, np.ndarray]:
+def read_batch(file, start: int, stop: int, space, shift, counts: Counter) -> dict[str, np.ndarray]:
     """The arrays of steps start to stop, x and y shifted, actions clipped."""
     keys = ["observations", "actions", "rewards", "next_observations"]
     keys += ["infos/goal"] if shift is not None else []
@@ -325,43 +392,41 @@ def read_batch(file, start: int, stop: int, shift, counts: Counter) -> dict[str,
     if shift is not None:
         for key in {"observations", "next_observations", "infos/goal"} & data.keys():
             data[key][:, :2] += shift.astype(np.float32)
-    excess = np.abs(data["actions"]).max(1) - 1
+    actions = data["actions"]
+    low, high = (bound.reshape(-1).astype(np.float32) for bound in (space.low, space.high))
+    excess = np.maximum(low - actions, actions - high).max(1)
     counts["clipped_steps"] += int((excess > 0).sum())
     counts["largest_excess"] = max(counts["largest_excess"], float(excess.max()))
-    data["actions"] = data["actions"].clip(-1, 1)
+    data["actions"] = actions.clip(low, high).reshape(-1, *space.shape)
     return data
 
 
-def cut_episode(data: dict, terminated: bool, counts: Counter) -> dict | None:
-    """An episode's steps [T, ...] in Minari's layout, None if none has a known next observation."""
-    steps, states = len(data["rewards"]), data["observations"]
-    if "next_observations" in data:
-        states = np.concatenate([states, data["next_observations"][-1:]])
-    elif terminated:
+def cut_episode(data: dict, how: str, counts: Counter) -> dict:
+    """An episode's steps [T, ...] in Minari's layout; `how` it ended."""
+    states = data["observations"]
+    last = data.get("next_observations", states)[-1:]
+    if "next_observations" not in data and how == "terminated":
         counts["repeated_last_observations"] += 1
-        states = np.concatenate([states, states[-1:]])
-    else:
-        counts["dropped_last_steps"] += 1
-        steps -= 1
-    if steps == 0:
-        counts["dropped_episodes"] += 1
-        return None
-    terminations, truncations = np.zeros((2, steps), bool)
-    terminations[-1], truncations[-1] = terminated, not terminated
+    elif "next_observations" not in data:
+        counts["unknown_last_observations"] += 1
+        last = np.full_like(last, np.nan)
+    terminations, truncations = np.zeros((2, len(states)), bool)
+    terminations[-1] = how == "terminated"
+    truncations[-1] = how in ("timed_out", "jumps")
     episode = {
-        "observations": states,
-        "actions": data["actions"][:steps],
-        "rewards": data["rewards"][:steps, 0],
+        "observations": np.concatenate([states, last]),
+        "actions": data["actions"],
+        "rewards": data["rewards"][:, 0],
         "terminations": terminations,
         "truncations": truncations,
     }
     if "infos/goal" in data:
         goals = data["infos/goal"]
-        episode["infos/goal"] = np.concatenate([goals, goals[-1:]])[: steps + 1]
+        episode["infos/goal"] = np.concatenate([goals, goals[-1:]])
     return episode
 
 
-# ---- today's environment
+# ---- environments
 
 
 def maze_frame(task: Task) -> tuple[list, np.ndarray]:
@@ -380,7 +445,7 @@ def maze_frame(task: Task) -> tuple[list, np.ndarray]:
 
 
 def build_env(task: Task) -> gym.Env:
-    """The task's environment of today, wrapped so that it takes and gives what D4RL's did."""
+    """The environment of today, one of D4RL's wrapped so that it takes and gives what that did."""
     if task.suite != "locomotion":
         with redirect_stderr(io.StringIO()):  # it prints a notice of its own
             import gymnasium_robotics
@@ -406,6 +471,36 @@ def build_env(task: Task) -> gym.Env:
     return env
 
 
+def build_own(task: Task, file: h5py.File, sizes: list) -> tuple[gym.Env | None, gym.spaces.Box]:
+    """The environment that the user named, and its action space. Raises D4RLError.
+
+    Without one the space is [-1, 1], or what the data fill where they exceed it.
+    """
+    if task.eval_env:
+        try:
+            env = build_env(task)
+            env.spec.to_json()  # as it will be stored
+            space, obs_dim = env.action_space, flatdim(env.observation_space)
+        except Exception as error:  # whatever a user's module may raise
+            mend = "give a registered id, or module:Id-v0 with the module on PYTHONPATH"
+            text = f"--env_id {task.eval_env}: {type(error).__name__} {error}"
+            raise D4RLError(f"{text}: {mend}") from None
+        theirs = [obs_dim, space.low.size if isinstance(space, gym.spaces.Box) else str(space)]
+        if theirs != sizes:
+            text = f"--env_id {task.eval_env} has {theirs} observations and actions"
+            raise D4RLError(f"{text}, the file {sizes}: name the one that it was recorded in")
+        return env, space
+    steps = len(file["rewards"])
+    batches = (read(file, "actions", at, min(at + BATCH, steps)) for at in range(0, steps, BATCH))
+    low, high = zip(*((batch.min(0), batch.max(0)) for batch in batches), strict=True)
+    low, high = np.min(low, 0), np.max(high, 0)
+    least, most = low.min(), high.max()
+    if least >= -1 and most <= 1:
+        return None, gym.spaces.Box(-1.0, 1.0, low.shape, np.float32)
+    print(f"actions from {least:g} to {most:g}: the extremes of each component are its bounds")
+    return None, gym.spaces.Box(low, high)
+
+
 # ---- Minari's store
 
 
@@ -416,6 +511,8 @@ def convert(task: Task, path: Path) -> dict:
     as it was, and a set that was there goes only then.
     """
     target = get_dataset_path(task.minari_id)
+    if task.suite == "own" and target.exists() and not task.stored:
+        raise D4RLError(f"{target} is there and no dataset: choose another --id")
     with open_source(path, task) as file:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".d4rl-") as folder:
@@ -439,27 +536,30 @@ def build(task: Task, file: h5py.File, path: Path, folder: Path) -> dict:
     Minari's own writer makes arrays that can grow. That takes 2 ms and 15 kB an episode, 100 s and
     700 MB for hopper-random's 45,000 short ones; these have its names and places but a fixed size.
     """
-    env = build_env(task)
+    sizes = [read(file, key, 0, 1).shape[1] for key in ("observations", "actions")]
+    if task.suite == "own":
+        env, space = build_own(task, file, sizes)
+    else:
+        env, space = build_env(task), gym.spaces.Box(-1.0, 1.0, sizes[1:], np.float32)
     storage = MinariStorage.new(
         folder,
-        observation_space=gym.spaces.Box(-np.inf, np.inf, (task.obs_dim,), np.float64),
-        action_space=gym.spaces.Box(-1.0, 1.0, (task.act_dim,), np.float32),
-        env_spec=env.spec,
+        observation_space=gym.spaces.Box(-np.inf, np.inf, sizes[:1], np.float64),
+        action_space=space,
+        env_spec=env and env.spec,
     )
-    env.close()
+    if env:
+        env.close()
     shift = maze_frame(task)[1] if task.suite in MAZES else None
     counts = Counter(dict.fromkeys(("source_steps", "steps", *OUTCOMES, *REPAIRS), 0))
     counts["source_steps"] = len(file["rewards"])
     progress = Progress(f"converting {task.task}", "steps")
     with h5py.File(folder / "main_data.hdf5", "w", libver="latest") as out:
-        for number, episode in enumerate(read_episodes(file, shift, counts)):
+        for number, episode in enumerate(read_episodes(file, space, shift, counts)):
             group = out.create_group(f"episode_{number}")
             group.attrs["id"], group.attrs["total_steps"] = number, len(episode["rewards"])
             for key, values in episode.items():
                 group[key] = values
             progress(counts["steps"], counts["source_steps"])
-    if not counts["episodes"]:
-        raise D4RLError(f"{path} has no step whose next observation is known: fetch it again")
     storage.update_metadata(metadata(task, path, dict(counts)))
     storage.update_metadata({"dataset_size": float(storage.get_size())})  # MB
     return counts
@@ -469,18 +569,24 @@ def metadata(task: Task, path: Path, counts: dict) -> dict:
     """What Minari's metadata.json says of the set, beside its spaces and environment."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    robotics = [] if task.suite == "locomotion" else ["gymnasium-robotics>=1.4"]
-    repository = "https://github.com/Farama-Foundation/D4RL/tree"
-    return ({"environment_differs": task.note} if task.note else {}) | {
+    about = {
         "dataset_id": task.minari_id,
         "minari_version": minari.__version__,
         "total_episodes": counts["episodes"],
         "total_steps": counts["steps"],
-        "ref_min_score": task.ref_min_score,
-        "ref_max_score": task.ref_max_score,
-        "source": f"{SOURCE} {digest}",
         "source_file": path.name,
         "counts": counts,
+    }
+    if task.ref_max_score is not None:
+        about |= {"ref_min_score": task.ref_min_score, "ref_max_score": task.ref_max_score}
+    if task.suite == "own":
+        description = f"Converted from {path.name}, a file in D4RL's layout."
+        return about | {"source": f"hdf5 {digest}", "description": description}
+    robotics = [] if task.suite == "locomotion" else ["gymnasium-robotics>=1.4"]
+    repository = "https://github.com/Farama-Foundation/D4RL/tree"
+    return ({"environment_differs": task.note} if task.note else {}) | {
+        **about,
+        "source": f"{SOURCE} {digest}",
         "author": {"Justin Fu", "Aviral Kumar", "Ofir Nachum", "George Tucker", "Sergey Levine"},
         "license": "CC BY 4.0",
         "code_permalink": f"{repository}/89141a689b0353b0dac3da5cba60da4b1b16254d",
@@ -512,6 +618,8 @@ def report(task: Task, counts: dict) -> None:
     for key in REPAIRS:
         if counts[key]:
             print(f"  {key.replace('_', ' ')}: {counts[key]:,.6g}")
+    if counts["episodes"] == counts["unfinished"]:
+        print("  nothing in the file ends an episode: the whole of it is one")
     if task.note:
         print(f"  environment differs: {task.note}")
 
@@ -523,11 +631,15 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line. Raises D4RLError where it makes no sense."""
-    parser = Parser(description="Convert D4RL's own HDF5 files into Minari's store.")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "tasks", nargs="*", metavar="TASK", help="hopper-medium-v2 or hopper-medium"
     )
-    parser.add_argument("--file", type=Path, help="D4RL's file, fetched by hand (for one task)")
+    parser.add_argument("--file", type=Path, help="D4RL's file, fetched by hand, or your own")
+    parser.add_argument("--id", help="Minari id for a file of your own, such as mine/valve-v0")
+    parser.add_argument("--env_id", default="", help="its environment: Id-v0 or module:Id-v0")
+    parser.add_argument("--ref_min_score", type=float, help="its return that scores 0")
+    parser.add_argument("--ref_max_score", type=float, help="its return that scores 100")
     parser.add_argument(
         "--list", action="store_true", help="show all tasks, and those in the store"
     )
@@ -535,13 +647,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=CACHE, help="downloads (%(default)s)")
     parser.add_argument("--force", action="store_true", help="replace a set that is in the store")
     args = parser.parse_args(argv)
-    if not args.tasks and not args.list:
+    scores = [args.ref_min_score, args.ref_max_score]
+    if args.id is not None:
+        check_own(parser, args)
+    elif args.env_id or scores != [None, None]:
+        parser.error("--env_id and reference scores go with --id")
+    elif not args.tasks and not args.list:
         parser.error("name a task")
-    if args.file and len(args.tasks) != 1:
-        parser.error("--file goes with one task")
+    elif args.file and len(args.tasks) != 1:
+        parser.error("--file goes with one task, or with --id")
     if not args.url_base.startswith(("http://", "https://")):
         parser.error("--url-base begins with http:// or https://")
     return args
+
+
+def check_own(parser: Parser, args: argparse.Namespace) -> None:
+    """Whether the words about a set of the user's own make sense."""
+    valid = re.compile(r"(?!D4RL/|.*-v\d+/)([\w-]+/)*[\w-]+-v\d+").fullmatch
+    if not valid(args.id):
+        like = f"{args.id}-v0" if valid(f"{args.id}-v0") else "mine/valve-v0"
+        parser.error(f"--id {args.id} is no Minari id outside of D4RL/ and other sets, like {like}")
+    if args.tasks or not args.file:
+        parser.error("--id goes with --file and no task")
+    scores = [args.ref_min_score, args.ref_max_score]
+    if scores != [None, None] and (None in scores or not -1e9 <= scores[0] < scores[1] <= 1e9):
+        parser.error("--ref_min_score and --ref_max_score go together, the smaller one first")
 
 
 def main(
@@ -551,6 +681,9 @@ def main(
     try:
         args, table = parse(argv), read_tasks()
         tasks = [find_task(name, table) for name in args.tasks]
+        if args.id:
+            scores = {"ref_min_score": args.ref_min_score, "ref_max_score": args.ref_max_score}
+            tasks = [Task(args.id, "own", args.id, eval_env=args.env_id, **scores)]
         if args.list:
             show_tasks(table)
         return max([run(task, args, pauses, timeout) for task in tasks], default=0)
@@ -564,12 +697,14 @@ def main(
 def run(task: Task, args: argparse.Namespace, pauses: Iterable[float], timeout: float) -> int:
     """Download and convert one task; returns 0 or 2, for the next task may still go well."""
     try:
-        if task.stored == "D4RL's" and not args.force:
-            print(f"{task.minari_id} is in the store already; --force replaces it")
+        if task.stored and not args.force:
+            text = f"{task.minari_id} is in the store already; --force replaces it"
+            if task.stored == "other" and task.suite != "own":
+                text += " (not D4RL's own data: Minari's hub re-created some under the same names)"
+            if task.stored == "other" or task.suite == "own":
+                raise D4RLError(text)
+            print(text)
             return 0
-        if task.stored == "other" and not args.force:
-            why = "is not D4RL's own data: Minari's hub re-created some under the same names"
-            raise D4RLError(f"{task.minari_id} in the store {why}; --force replaces it")
         url = task.url.replace(URL_BASE, args.url_base.rstrip("/"))
         path = args.file or args.cache.expanduser() / Path(url).name
         if not args.file and not path.exists():
@@ -583,7 +718,8 @@ def run(task: Task, args: argparse.Namespace, pauses: Iterable[float], timeout: 
 def fail(error: Exception) -> int:
     """Say what is wrong in one line."""
     mend = ": choose another place with --cache or MINARI_DATASETS_PATH"
-    print(f"error: {error}{mend if isinstance(error, OSError) else ''}", file=sys.stderr)
+    text = f"error: {error}{mend if isinstance(error, OSError) else ''}"
+    print(*text.split(), file=sys.stderr)
     return 2
 
 

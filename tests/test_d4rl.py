@@ -118,30 +118,39 @@ def test_true_next_observation_is_kept(tmp_path):
         assert episode.rewards.dtype == np.float32
         assert not episode.terminations[:-1].any() and not episode.truncations[:-1].any()
     assert [bool(episode.terminations[-1]) for episode in episodes] == [True, False, False]
-    assert [bool(episode.truncations[-1]) for episode in episodes] == [False, True, True]
+    assert [bool(episode.truncations[-1]) for episode in episodes] == [False, True, False]
     counts = metadata["counts"]
     assert (counts["source_steps"], counts["steps"], counts["episodes"]) == (10, 10, 3)
-    assert (counts["terminated"], counts["timed_out"], counts["cut"]) == (1, 1, 1)
+    assert [counts[key] for key in d4rl.OUTCOMES] == [3, 1, 1, 0, 1]
     assert not any(counts[key] for key in d4rl.REPAIRS)
 
 
-def test_last_step_is_dropped_where_its_next_observation_is_unknown(tmp_path, capsys):
+def test_unknown_last_observation_is_nan(tmp_path, capsys):
     arrays, episodes, metadata = convert(
         tmp_path, "door-human-v1", terminal=[2], timeout=[5, 6], with_next=False
     )
-    observations = arrays["observations"].astype(np.float32)
-    repeated = observations[[0, 1, 2, 2]]  # terminated: all three steps stay
-    expected = [(repeated, 3, True), (observations[3:6], 2, False), (observations[7:10], 2, False)]
-    for episode, (states, steps, terminated) in zip(episodes, expected, strict=True):
+    starts, ends, unknown = [0, 3, 6, 7], [3, 6, 7, 10], np.full((1, 39), np.nan)
+    lasts = [arrays["observations"][2:3], unknown, unknown, unknown]
+    for episode, start, end, last in zip(episodes, starts, ends, lasts, strict=True):
+        states = np.vstack([arrays["observations"][start:end], last]).astype(np.float32)
         np.testing.assert_array_equal(episode.observations, states)
-        assert len(episode.rewards) == len(episode.actions) == steps
-        assert bool(episode.terminations[-1]) == terminated != bool(episode.truncations[-1])
+        np.testing.assert_array_equal(episode.actions, np.float32(arrays["actions"][start:end]))
+        np.testing.assert_array_equal(episode.rewards, np.float32(arrays["rewards"][start:end]))
+    assert [bool(episode.terminations[-1]) for episode in episodes] == [True, False, False, False]
+    assert [bool(episode.truncations[-1]) for episode in episodes] == [False, True, True, False]
     counts = metadata["counts"]
-    assert counts["steps"] == 7 and counts["episodes"] == 3
-    assert counts["dropped_last_steps"] == 3 and counts["dropped_episodes"] == 1  # 6 stood alone
+    assert counts["steps"] == 10 and counts["unknown_last_observations"] == 3
     assert counts["repeated_last_observations"] == 1
-    assert (counts["terminated"], counts["timed_out"], counts["cut"]) == (1, 1, 1)
-    assert "dropped last steps: 3" in capsys.readouterr().out
+    assert [counts[key] for key in d4rl.OUTCOMES] == [4, 1, 2, 0, 1]
+    assert "unknown last observations: 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("end", ["terminal", "timeout", None])
+def test_only_the_files_end_leaves_an_episode_unfinished(tmp_path, end):
+    _, episodes, metadata = convert(tmp_path, "hopper-medium-v2", **({end: [9]} if end else {}))
+    assert bool(episodes[-1].terminations[-1]) == (end == "terminal")
+    assert bool(episodes[-1].truncations[-1]) == (end == "timeout")
+    assert metadata["counts"]["unfinished"] == (end is None)
 
 
 def test_jump_ends_an_episode(tmp_path):
@@ -151,7 +160,15 @@ def test_jump_ends_an_episode(tmp_path):
     assert [len(episode.rewards) for episode in episodes] == [5, 5]
     np.testing.assert_allclose(episodes[0].observations[-1], following[4], rtol=1e-6)
     assert episodes[0].truncations[-1] and not episodes[0].terminations[-1]
-    assert metadata["counts"]["jumps"] == 1 and metadata["counts"]["cut"] == 2
+    assert [metadata["counts"][key] for key in d4rl.OUTCOMES] == [2, 0, 0, 1, 1]
+
+
+def test_a_file_without_an_end_is_one_episode_and_says_so(tmp_path, capsys):
+    said = "nothing in the file ends an episode"
+    _, episodes, _ = convert(tmp_path, "door-human-v1", with_next=False)
+    assert said in capsys.readouterr().out and len(episodes) == 1
+    convert(tmp_path, "door-human-v1", with_next=False, timeout=[9])
+    assert said not in capsys.readouterr().out
 
 
 def test_terminal_and_timeout_at_once_is_a_terminal(tmp_path):
@@ -269,11 +286,11 @@ def test_maze_observations_are_d4rls_but_for_the_origin(tmp_path):
             tmp_path, name, timeout=[4], with_next=False, **{"infos/goal": goals}
         )
         shift = d4rl.maze_frame(TASKS[name])[1]
-        seen, expected = episodes[1].observations, arrays["observations"][5:]
+        seen, expected = episodes[1].observations[:-1], arrays["observations"][5:]
         np.testing.assert_allclose(seen[:, :2], expected[:, :2] + shift, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(seen[:, 2:], expected[:, 2:], rtol=1e-6)
-        np.testing.assert_allclose(episodes[1].actions, arrays["actions"][5:9], rtol=1e-6)
-        np.testing.assert_allclose(episodes[1].infos["goal"], goals[5:] + shift)
+        np.testing.assert_allclose(episodes[1].actions, arrays["actions"][5:], rtol=1e-6)
+        np.testing.assert_allclose(episodes[1].infos["goal"], goals[[*range(5, 10), 9]] + shift)
 
 
 def test_ball_meets_maze2ds_walls_where_d4rl_has_them():
@@ -521,8 +538,6 @@ def test_absent_foreign_and_cut_files(tmp_path, capsys):
     write_file(path, "hopper-medium-v2", steps=1000)
     path.write_bytes(path.read_bytes()[:20_000])
     assert "cut short" in check_error(capsys, "hopper-medium-v2", "--file", path)
-    write_file(path, "door-human-v1", steps=1, with_next=False)
-    assert "next observation" in check_error(capsys, "door-human-v1", "--file", path)
 
 
 def test_store_keeps_what_it_has(tmp_path, store, capsys):
