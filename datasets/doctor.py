@@ -36,6 +36,7 @@ from functools import cached_property
 from pathlib import Path
 
 import gymnasium as gym
+import h5py
 import matplotlib
 import numpy as np
 from minari.dataset.minari_storage import MinariStorage
@@ -243,6 +244,10 @@ def trainer():
     return script("algorithms/bc.py")
 
 
+def converter():
+    return script("datasets/d4rl.py")
+
+
 def read_episode(stored: dict, spaces: tuple) -> tuple[dict, tuple]:
     """Minari's episode as the scripts read it, in float32, or what keeps it from being examined.
 
@@ -278,7 +283,7 @@ def load(dataset_id: str, env_id: str = "auto") -> Data:
         folder = frame.find_dataset(frame.TrainConfig(dataset_id=dataset_id, download=False))
         about = f"dataset {dataset_id}: "
         return read(dataset_id, folder, env_id)
-    except (DoctorError, frame.RunError) as error:
+    except (DoctorError, frame.RunError, converter().D4RLError) as error:
         raise DoctorError(f"{about}{plain(error)}") from None
     except Exception as error:  # h5py, Minari and gymnasium each have errors of their own
         reason = f"cannot be read ({type(error).__name__} {plain(error)})"
@@ -286,29 +291,17 @@ def load(dataset_id: str, env_id: str = "auto") -> Data:
 
 
 def read(dataset_id: str, folder: Path, env_id: str) -> Data:
-    """The whole episodes of a dataset, and what is wrong with the others."""
-    frame, episodes, broken, refused = trainer(), [], [], []
+    """A dataset's folder, joined. Raises whatever its libraries raise."""
     if not {"observation_space", "action_space"} <= MinariStorage.read_raw_metadata(folder).keys():
         raise DoctorError("it lacks its spaces, and Minari would run its environment: add them")
-    storage, spoken = MinariStorage.read(folder), time.monotonic()
-    metadata, total = storage.metadata, storage.total_episodes
-    spaces = storage.observation_space, storage.action_space
-    if not gym.spaces.flatdim(spaces[0]) or not math.prod(spaces[1].shape or [0]):
-        raise DoctorError(f"no vectors: observations {spaces[0]}, actions {spaces[1]}")
-    for number, stored in enumerate(storage.get_episodes(range(total))):
-        arrays, problem = read_episode(stored, spaces)
-        if problem:
-            broken.append((number, *problem))
-            continue
-        episodes.append({"number": [number], "steps": [len(arrays["reward"])], **arrays})
-        try:
-            if isinstance(spaces[1], gym.spaces.Box):
-                frame.read_episode(stored, storage, f"episode {number}")
-        except frame.RunError as error:
-            refused.append(str(error))
-        if time.monotonic() - spoken > 10:
-            spoken = time.monotonic()
-            print(f"reading {dataset_id}: {number:,} of {total:,} episodes", file=sys.stderr)
+    for path in sorted(folder.glob("*.hdf5")):
+        with h5py.File(path) as file:
+            converter().refuse_links(file)  # before anything is read
+    storage = MinariStorage.read(folder)
+    metadata, obs, action = storage.metadata, storage.observation_space, storage.action_space
+    if action.shape is None or not gym.spaces.flatdim(obs) * math.prod(action.shape):
+        raise DoctorError(f"no vectors: observations {obs}, actions {action}")
+    episodes, broken, refused = read_episodes(storage, dataset_id)
     if not episodes:
         reason = f"episode {broken[0][0]}: {broken[0][2]}" if broken else "it is empty"
         raise DoctorError(f"it has no whole episode ({reason}): collect or convert it again")
@@ -318,6 +311,32 @@ def read(dataset_id: str, folder: Path, env_id: str) -> Data:
     arrays += [np.cumsum([0, *joined["steps"]]), joined["number"]]
     name = plain(metadata.get("dataset_id") or dataset_id)
     return Data(name, metadata, *arrays, broken, refused, env_id)
+
+
+def read_episodes(storage: MinariStorage, dataset_id: str) -> tuple[list, list, list]:
+    """The whole episodes, and `broken` and `refused` of `Data`."""
+    frame, total, spoken = trainer(), storage.total_episodes, time.monotonic()
+    spaces, episodes, broken, refused = (
+        (storage.observation_space, storage.action_space),
+        [],
+        [],
+        [],
+    )
+    for number, stored in enumerate(storage.get_episodes(range(total))):
+        arrays, problem = read_episode(stored, spaces)
+        if problem:
+            broken.append((number, *problem))
+        else:
+            episodes.append({"number": [number], "steps": [len(arrays["reward"])], **arrays})
+            try:
+                if isinstance(storage.action_space, gym.spaces.Box):
+                    frame.read_episode(stored, storage, f"episode {number}")
+            except frame.RunError as error:
+                refused.append(str(error))
+        if time.monotonic() - spoken > 10:
+            spoken = time.monotonic()
+            print(f"reading {dataset_id}: {number:,} of {total:,} episodes", file=sys.stderr)
+    return episodes, broken, refused
 
 
 # ---- the checks: each yields its findings
@@ -753,20 +772,27 @@ def draw(data: Data, findings: list[Finding], path: Path) -> None:
     episodes, steps = count(len(data.lengths), "episode"), count(len(data.rewards), "step")
     figure.suptitle(f"{data.name}: {episodes}, {steps}; {faults}", fontsize=15, parse_math=False)
     (returns, lengths, rewards), (obs, actions, changes) = axes
-    low, high, size = data.returns.min(), data.returns.max(), np.abs(data.returns).max()
-    margin = 0.01 * (high - low) + 1e-6 * size or 1  # 50 bins apart need more than rounding
-    returns.hist(data.returns, bins=50, range=(low - margin, high + margin), color="tab:blue")
-    returns.axvline(data.returns.mean(), color="black", label=f"mean {data.returns.mean():,.4g}")
-    returns.set(title="returns", xlabel="undiscounted return", ylabel="episodes")
-    returns.legend()
+    draw_returns(returns, data)
     lengths.hist(data.lengths, bins=50, range=(0, 1.02 * data.lengths.max()), color="tab:blue")
     lengths.set(title="lengths", xlabel="steps", ylabel="episodes")
     draw_rewards(rewards, data)
     draw_ranges(obs, data.known, "observations")
     draw_ranges(actions, data.actions, "actions")
     draw_changes(changes, data)
-    figure.savefig(path, dpi=100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the font lacks letters of a name
+        figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def draw_returns(axes, data: Data) -> None:
+    """How many episodes have which return."""
+    low, high, size = data.returns.min(), data.returns.max(), np.abs(data.returns).max()
+    margin = 0.01 * (high - low) + 1e-6 * size or 1  # 50 bins apart need more than rounding
+    axes.hist(data.returns, bins=50, range=(low - margin, high + margin), color="tab:blue")
+    axes.axvline(data.returns.mean(), color="black", label=f"mean {data.returns.mean():,.4g}")
+    axes.set(title="returns", xlabel="undiscounted return", ylabel="episodes")
+    axes.legend()
 
 
 def draw_rewards(axes, data: Data) -> None:
@@ -834,7 +860,7 @@ def examine(dataset_id: str, env_id: str, out: Path | None) -> int:
         findings = diagnose(data)
         print(f"\n{describe(findings)}\n", flush=True)
         folder, name = out or picture_folder(), re.sub(r"[^A-Za-z0-9_.]+", "-", data.name)
-        path = folder / f"{name.strip('-')[:100]}-doctor.png"
+        path = folder / f"{name.strip('-.')[:100] or 'dataset'}-doctor.png"
         folder.mkdir(parents=True, exist_ok=True)
         draw(data, findings, path)
     except DoctorError as error:
