@@ -315,13 +315,8 @@ def read(dataset_id: str, folder: Path, env_id: str) -> Data:
 
 def read_episodes(storage: MinariStorage, dataset_id: str) -> tuple[list, list, list]:
     """The whole episodes, and `broken` and `refused` of `Data`."""
-    frame, total, spoken = trainer(), storage.total_episodes, time.monotonic()
-    spaces, episodes, broken, refused = (
-        (storage.observation_space, storage.action_space),
-        [],
-        [],
-        [],
-    )
+    spaces, total = (storage.observation_space, storage.action_space), storage.total_episodes
+    frame, spoken, episodes, broken, refused = trainer(), time.monotonic(), [], [], []
     for number, stored in enumerate(storage.get_episodes(range(total))):
         arrays, problem = read_episode(stored, spaces)
         if problem:
@@ -329,7 +324,7 @@ def read_episodes(storage: MinariStorage, dataset_id: str) -> tuple[list, list, 
         else:
             episodes.append({"number": [number], "steps": [len(arrays["reward"])], **arrays})
             try:
-                if isinstance(storage.action_space, gym.spaces.Box):
+                if isinstance(spaces[1], gym.spaces.Box):
                     frame.read_episode(stored, storage, f"episode {number}")
             except frame.RunError as error:
                 refused.append(str(error))

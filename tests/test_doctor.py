@@ -6,6 +6,7 @@ What is planted alters the file itself, for Minari's writer would refuse much of
 import importlib.util
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import gymnasium as gym
@@ -358,6 +359,9 @@ def test_faults_are_found_beside_unknown_observations(patient):
         patient.edit(episode, "observations", -1, np.nan)
     patient.everywhere("observations", lambda states: states * np.float32([1, 1, 0]) + 0.5)
     assert "first dimension 2" in patient.only("constant observations")
+    states = patient.get(6, "observations")
+    patient.set(6, observations=states + 10 * (np.arange(STEPS + 1) > 19)[:, None])
+    assert "jumps inside episodes" in {finding.title for finding in patient.findings()}
 
 
 # ---- jumps
@@ -437,6 +441,8 @@ def test_ends_that_were_all_lost(patient):
     for key in ("terminations", "truncations"):
         patient.everywhere(key, np.zeros_like)
     assert "24 steps in 24" in patient.only("episodes that end with neither flag")
+    patient.describe(total_episodes=1, total_steps=STEPS)
+    assert "1 step in 1" in patient.only("episodes that end with neither flag")
 
 
 def test_recording_that_stopped_in_its_last_episode_is_a_note(patient):
@@ -486,6 +492,20 @@ def test_late_rewards_of_a_maze(late, observed):
     assert [finding.title for finding in findings] == ["rewards one step late"] * late
     if late:
         assert "120 switches" in findings[0].detail and "episode 0" in findings[0].detail
+
+
+def test_late_rewards_beside_unknown_observations():
+    data = maze_data(late=True)
+    data.obs[data.before[data.last] + 1] = np.nan
+    data.rewards[data.last[:9]] = 1  # whose places are unknown
+    (finding,) = doctor.check_reward_shift(data)
+    assert "at 120 switches" in finding.detail
+
+
+def test_maze_without_places():
+    data = maze_data(late=True, observed=True)
+    data.obs = data.obs[:, :3]
+    assert list(doctor.check_reward_shift(data)) == []
 
 
 def test_maze_that_ends_at_its_goal():
@@ -669,7 +689,7 @@ def test_environment_of_ones_own_module(patient, monkeypatch):
 
 ODD = [-1, True, 1e308, float("nan"), 10**400, "", "os:system", "{", "null", "\ud800", "\x1b[31m\n"]
 ODD += [[], [1, "a"], {"a": 1}, '{"id": 5}', '{"id": "Maze", "kwargs": []}', "[" * 900 + "]" * 900]
-ODD += ['{"id": "Maze", "kwargs": {"maze_map": {}}}']
+ODD += ['{"id": "Maze", "kwargs": {"maze_map": [[["g"]]]}}']
 
 
 @pytest.mark.usefixtures("blank")
@@ -702,8 +722,10 @@ def test_name_of_any_content(patient, name, cache):
 
 
 def test_name_that_fonts_and_formulas_lack(patient, capsys):
-    patient.describe(dataset_id="价$b^{")
-    assert doctor.main([str(patient.folder)]) == 0
+    patient.describe(dataset_id="价$b^{$")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert doctor.main([str(patient.folder)]) == 0
     assert capsys.readouterr().err == ""
 
 
@@ -817,6 +839,21 @@ def test_verdicts_of_trainer_and_doctor(patient, harm, training, examination):
         assert bool(patient.findings()) == examination
     except doctor.DoctorError:
         assert examination == 2
+
+
+@pytest.mark.parametrize(
+    ("case", "title", "part"),
+    [
+        ("large rewards", "rewards too large", "1e+20"),
+        ("actions without bounds", "actions without bounds", "Box(-inf, inf, (1,), float32)"),
+        ("discrete actions", "actions that no script takes", "Discrete(5)"),
+        ("almost more", "NaN or infinite values", "first episode 3"),
+    ],
+)
+def test_refusals_are_told_by_their_own_name(patient, case, title, part):
+    VERDICTS[case][0](patient)
+    details = {finding.title: finding.detail for finding in patient.findings()}
+    assert part in details[title]
 
 
 def test_what_the_trainer_alone_refuses_is_found(patient, monkeypatch):
