@@ -1,40 +1,44 @@
 """Examine an offline dataset before training on it: one page of text, one picture, its faults.
 
     python datasets/doctor.py D4RL/hopper/medium-v2 datasets/hopper/medium-v0
-    python datasets/doctor.py my/own/set-v0 --out pictures
+    python datasets/doctor.py my/own/set-v0 --env_id mymodule:Mine-v0 --out pictures
 
 An ID is a dataset in Minari's store (MINARI_DATASETS_PATH) or a folder that holds one. The picture
-is <name>-doctor.png. A fault found is told with where it first shows, what it does to training and
-its mend. Exit code: 0 nothing wrong, 1 something wrong, 2 a dataset that cannot be examined.
+is <name>-doctor.png in the folder of --out, or else in ~/.cache/stitch/doctor; the last line says
+where. A fault found is told with where it first shows, what it does to training and its mend. Exit
+code: 0 nothing wrong, 1 something wrong, 2 a dataset that cannot be examined.
 
 Looked for are the faults that D4RL's issues report (numbers in the checks below), and what makes
-training fail or a score mean nothing. `CHECKS` at the end of the checks is the list.
+training fail or a score mean nothing. `CHECKS` at the end of the checks is the list. The training
+scripts' own functions find, flatten and judge: what they refuse is never called fine here.
 
 Conventions: an episode of T steps has T + 1 observations, and T actions, rewards and flags. Step t
-leads from observation t to observation t + 1; steps and episodes count from 0. Dict observations
-are joined in the sorted order of their keys, as the training scripts do.
+leads from observation t to observation t + 1; steps and episodes count from 0. What an episode that
+did not terminate led to may be unknown: its last observation is NaN then. Dict observations are
+joined in the sorted order of their keys.
 """
 
 import argparse
 import functools
 import importlib.util
 import io
+import json
 import math
+import os
 import re
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import gymnasium as gym
+import h5py
 import matplotlib
-import minari
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
 from minari.dataset.minari_storage import MinariStorage
 
 matplotlib.use("Agg")
@@ -82,8 +86,8 @@ class Data:
     """N steps of E whole episodes, float32; what else the file holds is in `broken`."""
 
     name: str
-    metadata: dict  # Minari's
-    obs: np.ndarray  # [N + E, obs_dim]
+    metadata: dict  # Minari's, with its spaces; of any content otherwise
+    obs: np.ndarray  # [N + E, obs_dim], NaN where it is unknown
     actions: np.ndarray  # [N, act_dim]
     rewards: np.ndarray  # [N]
     terminated: np.ndarray  # [N], bool
@@ -91,6 +95,8 @@ class Data:
     starts: np.ndarray  # [E + 1], the first step of every episode, then N
     numbers: np.ndarray  # [E], their numbers in the file
     broken: list  # (episode number, kind of problem, detail) of the episodes left out
+    refused: list  # what the training scripts say of the others that they refuse
+    env_id: str = "auto"  # the environment to evaluate in, as the training scripts take it
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -115,12 +121,26 @@ class Data:
         return np.add.reduceat(self.rewards.astype(np.float64), self.starts[:-1])
 
     @cached_property
+    def known(self) -> np.ndarray:
+        """The observations without the unknown ones."""
+        return self.obs[~np.isnan(self.obs).any(1)]
+
+    @cached_property
+    def unknown(self) -> np.ndarray:
+        """[E], whether it is unknown what an episode's last step led to."""
+        return np.isnan(self.obs[self.before[self.last] + 1, 0])
+
+    @cached_property
+    def open_end(self) -> np.ndarray:
+        """[E], whether an episode's last step has neither flag."""
+        return ~(self.terminated | self.truncated)[self.last]
+
+    @cached_property
     def scores(self) -> np.ndarray | None:
         """[E], 100 (return - ref_min) / (ref_max - ref_min); None without usable references."""
         low, high = (self.metadata.get(f"ref_{end}_score") for end in ("min", "max"))
-        if low is None or high is None or not np.isfinite([low, high]).all() or low >= high:
-            return None
-        return 100 * (self.returns - low) / (high - low)
+        numbers = all(type(x) in (int, float) and abs(x) < 1e300 for x in (low, high))
+        return 100 * (self.returns - low) / (high - low) if numbers and low < high else None
 
     @cached_property
     def changes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -134,11 +154,11 @@ class Data:
             change = np.abs(np.diff(values))[self.before]
             typical = np.quantile(change[inner], 0.99)
             if typical > 0:
-                low, high = np.quantile(values, [0.001, 0.999])
-                ratio = change / typical
+                low, high = np.quantile(self.known[:, column], [0.001, 0.999])
+                ratio = change / typical  # NaN at an unknown end
                 jumps |= (ratio > JUMP) & (change > JUMP_RANGE * (high - low))
                 worst[ratio > sizes] = column
-                sizes = np.maximum(sizes, ratio)
+                sizes = np.fmax(sizes, ratio)
         return sizes, worst, jumps
 
     @cached_property
@@ -149,14 +169,34 @@ class Data:
         return hash_rows(np.stack([*columns, hash_rows(self.rewards[:, None])], 1))
 
     @cached_property
-    def spec(self) -> EnvSpec | str | None:
-        """The environment's specification, or why it cannot be read, or None."""
-        text = self.metadata.get("env_spec")
-        try:  # gymnasium 1.0 dropped these three
-            old = '"order_enforce": true,|"apply_api_compatibility": false,|"autoreset": false, '
-            return EnvSpec.from_json(re.sub(old, "", text)) if text else None
-        except Exception as error:
-            return one_line(error)
+    def environment(self) -> dict:
+        """The stored specification of the environment; {} where it cannot be read."""
+        spec = None
+        with suppress(TypeError, ValueError, RecursionError):
+            spec = json.loads(self.metadata.get("env_spec"))
+        return spec if isinstance(spec, dict) else {}
+
+    @cached_property
+    def trial(self) -> tuple[str, str]:
+        """What the scripts print as they try the environment, and why they refuse it."""
+        frame, told, space = trainer(), io.StringIO(), self.metadata["action_space"]
+        if not isinstance(space, gym.spaces.Box):
+            return "", ""  # no script here acts in it
+        low, high = space.low.ravel().astype(float), space.high.ravel().astype(float)
+        if not space.is_bounded():
+            low, high = self.actions.min(0), self.actions.max(0)
+        units = {"obs_mean": np.zeros(self.obs.shape[1]), "obs_std": np.ones(self.obs.shape[1])}
+        units |= {"action_center": (low + high) / 2, "action_half_range": (high - low) / 2}
+        cfg = frame.TrainConfig(env_id=self.env_id)
+        agent = frame.Agent(cfg, {**units, "return_range": np.zeros(2)})
+        metadata = {**self.metadata, "longest_episode": int(self.lengths.max())}
+        try:
+            with redirect_stderr(io.StringIO()), redirect_stdout(told), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # old versions of environments ask to be replaced
+                frame.find_environment(cfg, metadata, agent)
+        except frame.RunError as error:
+            return told.getvalue(), plain(error)
+        return told.getvalue(), ""
 
     def where(self, steps: np.ndarray) -> str:
         """Of step indices: how many, in how many episodes, and the first."""
@@ -180,115 +220,118 @@ def count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def one_line(error: Exception) -> str:
-    return f"{type(error).__name__} {' '.join(str(error).split())}".strip()[:200]
+def plain(value) -> str:
+    """Any value on one line, without control characters: metadata may hold anything."""
+    text = "".join(char if char.isprintable() else " " for char in str(value)[:1000])
+    return " ".join(text.split())[:300]
 
 
 # ---- reading
 
 
 @functools.cache
-def trainer():
-    """A training script, for what all of them do: observations as vectors, the environment."""
-    path = REPOSITORY / "algorithms" / "bc.py"
-    spec = importlib.util.spec_from_file_location("bc", path)
+def script(place: str):
+    """A file of this repository as a module: what it does is done by it alone."""
+    path = REPOSITORY / place
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def find_dataset(dataset_id: str) -> Path:
-    """The folder with metadata.json: a folder by name, or Minari's store. Raises DoctorError."""
-    inside = not (Path(dataset_id).is_absolute() or ".." in Path(dataset_id).parts)
-    store = minari.storage.get_dataset_path()
-    bases = [Path(dataset_id), REPOSITORY / dataset_id, *([store / dataset_id] if inside else [])]
-    for folder in (base / sub for base in bases for sub in (".", "data")):
-        if (folder / "metadata.json").is_file():
-            return folder
-    if any(base.exists() for base in bases):
-        raise DoctorError(f"{dataset_id} holds no metadata.json: name the folder of a Minari set")
-    mend = f"check its name and Minari's store {store}"
-    if dataset_id.startswith("D4RL/"):
-        mend = f"python datasets/d4rl.py {dataset_id[5:].replace('/', '-')}"
-    raise DoctorError(f"{dataset_id} is not here: {mend}")
+def trainer():
+    """A training script, for what all of them do."""
+    return script("algorithms/bc.py")
 
 
-def size(space: gym.Space) -> int:
-    """Columns of a space; a discrete action is a single one."""
-    return 1 if isinstance(space, gym.spaces.Discrete) else gym.spaces.flatdim(space)
+def converter():
+    return script("datasets/d4rl.py")
 
 
-def column(values, dtype) -> np.ndarray:
-    """[T] of [T] or [T, 1]."""
-    values = np.asarray(values, dtype)
-    return values[:, 0] if values.shape[1:] == (1,) else values
+def read_episode(stored: dict, spaces: tuple) -> tuple[dict, tuple]:
+    """Minari's episode as the scripts read it, in float32, or what keeps it from being examined.
 
-
-def read_episode(episode: dict, space: gym.Space) -> dict:
-    """Minari's episode as arrays: obs [T + 1, obs_dim], actions [T, act_dim], the rest [T]."""
-    obs, actions = trainer().flatten_obs(space, episode["observations"]), episode["actions"]
-    actions = np.asarray(actions, np.float32)
-    actions = actions.reshape(len(actions), math.prod(actions.shape[1:]))
-    arrays = {"obs": obs.astype(np.float32), "actions": actions}
-    arrays["rewards"] = column(episode["rewards"], np.float32)
-    for key in ("terminations", "truncations"):
-        arrays[key] = column(episode[key], bool)
-    return arrays
-
-
-def problem(arrays: dict, sizes: dict) -> tuple[str, str] | None:
-    """What keeps an episode from being examined: (kind, detail). `sizes`: of obs and actions."""
-    steps = len(arrays["rewards"])
+    Returns ({obs [T + 1, obs_dim], action [T, act_dim], the rest [T]}, (kind of problem, detail)),
+    one of them empty.
+    """
+    frame, (obs_space, action_space), arrays = trainer(), spaces, {}
+    steps, act_dim = len(stored["rewards"]), math.prod(action_space.shape)
+    shapes = {"obs": (steps + 1, gym.spaces.flatdim(obs_space)), "action": (steps, act_dim)}
     if steps == 0:
-        return "empty episodes", "no step"
+        return {}, ("empty episodes", "no step")
+    for name, key in frame.NAMES.items():
+        values, shape = stored[key], shapes.get(name, (steps,))
+        values = frame.flatten_obs(obs_space, values) if name == "obs" else np.asarray(values)
+        if len(values) != shape[0] or values.size != math.prod(shape):
+            detail = f"{key} of shape {values.shape} where {shape} belongs to its rewards"
+            return {}, ("inconsistent lengths", detail)
+        arrays[name] = values.reshape(shape)
     for name, values in arrays.items():
-        rows = steps + (name == "obs")
-        expected = (rows, sizes[name]) if name in sizes else (rows,)
-        if values.shape != expected:
-            detail = f"{name} of shape {values.shape} where {expected} belongs to its rewards"
-            return "inconsistent lengths", detail
-        if not np.isfinite(values).all():
-            return "NaN or infinite values", f"in its {name}"
-    return None
+        unknown = name == "obs" and not arrays["terminated"][-1] and np.isnan(values[-1]).all()
+        if not (np.abs(values[:-1] if unknown else values) < 3e38).all():  # float32's range
+            return {}, ("NaN or infinite values", f"in its {frame.NAMES[name]}")
+        if name in ("terminated", "truncated") and not np.isin(values, (0, 1)).all():
+            detail = f"{frame.NAMES[name]} hold {values[~np.isin(values, (0, 1))][0]}"
+            return {}, ("flags that are neither 0 nor 1", detail)
+    return {name: values.astype(np.float32) for name, values in arrays.items()}, ()
 
 
-def load(dataset_id: str) -> Data:
+def load(dataset_id: str, env_id: str = "auto") -> Data:
     """Read a whole dataset. Raises DoctorError where there is nothing to examine."""
-    folder, episodes, broken = find_dataset(dataset_id), {}, []
-    spoken = time.monotonic()
+    frame, about = trainer(), ""
     try:
-        spaces = {"observation_space", "action_space"}
-        if not spaces <= MinariStorage.read_raw_metadata(folder).keys():
-            raise DoctorError(f"{dataset_id} lacks its spaces: Minari would run its environment")
-        storage = MinariStorage.read(folder)
-        metadata, total = storage.metadata, storage.total_episodes
-        space = storage.observation_space
-        sizes = {"obs": gym.spaces.flatdim(space), "actions": size(storage.action_space)}
-        for key in {"ref_min_score", "ref_max_score"} & metadata.keys():
-            metadata[key] = None if metadata[key] is None else float(metadata[key])
-        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and found
-            for number, episode in enumerate(storage.get_episodes(range(total))):
-                arrays = read_episode(episode, space)
-                if wrong := problem(arrays, sizes):
-                    broken.append((number, *wrong))
-                else:
-                    episodes[number] = arrays
-                if time.monotonic() - spoken > 10:
-                    spoken = time.monotonic()
-                    print(
-                        f"reading {dataset_id}: {number:,} of {total:,} episodes", file=sys.stderr
-                    )
+        folder = frame.find_dataset(frame.TrainConfig(dataset_id=dataset_id, download=False))
+        about = f"dataset {dataset_id}: "
+        return read(dataset_id, folder, env_id)
+    except (DoctorError, frame.RunError, converter().D4RLError) as error:
+        raise DoctorError(f"{about}{plain(error)}") from None
     except Exception as error:  # h5py, Minari and gymnasium each have errors of their own
-        reason = f"in {folder} cannot be read ({one_line(error)})"
-        raise DoctorError(f"{dataset_id} {reason}: collect or convert it again") from None
+        reason = f"cannot be read ({type(error).__name__} {plain(error)})"
+        raise DoctorError(f"dataset {dataset_id} {reason}: collect or convert it again") from None
+
+
+def read(dataset_id: str, folder: Path, env_id: str) -> Data:
+    """A dataset's folder, joined. Raises whatever its libraries raise."""
+    if not {"observation_space", "action_space"} <= MinariStorage.read_raw_metadata(folder).keys():
+        raise DoctorError("it lacks its spaces, and Minari would run its environment: add them")
+    for path in sorted(folder.glob("*.hdf5")):
+        with h5py.File(path) as file:
+            converter().refuse_links(file)  # before anything is read
+    storage = MinariStorage.read(folder)
+    metadata, obs, action = storage.metadata, storage.observation_space, storage.action_space
+    if action.shape is None or not gym.spaces.flatdim(obs) * math.prod(action.shape):
+        raise DoctorError(f"no vectors: observations {obs}, actions {action}")
+    episodes, broken, refused = read_episodes(storage, dataset_id)
     if not episodes:
         reason = f"episode {broken[0][0]}: {broken[0][2]}" if broken else "it is empty"
-        raise DoctorError(f"{dataset_id} has no whole episode ({reason}): convert it again")
-    starts = np.cumsum([0, *(len(episode["rewards"]) for episode in episodes.values())])
-    names = ("obs", "actions", "rewards", "terminations", "truncations")
-    joined = [np.concatenate([episode[name] for episode in episodes.values()]) for name in names]
-    name = str(metadata.get("dataset_id", dataset_id))
-    return Data(name, metadata, *joined, starts, np.array(list(episodes)), broken)
+        raise DoctorError(f"it has no whole episode ({reason}): collect or convert it again")
+    joined = {name: np.concatenate([each[name] for each in episodes]) for name in episodes[0]}
+    arrays = [joined[name] for name in ("obs", "action", "reward")]
+    arrays += [joined[name] > 0 for name in ("terminated", "truncated")]
+    arrays += [np.cumsum([0, *joined["steps"]]), joined["number"]]
+    name = plain(metadata.get("dataset_id") or dataset_id)
+    return Data(name, metadata, *arrays, broken, refused, env_id)
+
+
+def read_episodes(storage: MinariStorage, dataset_id: str) -> tuple[list, list, list]:
+    """The whole episodes, and `broken` and `refused` of `Data`."""
+    spaces, total = (storage.observation_space, storage.action_space), storage.total_episodes
+    frame, spoken, episodes, broken, refused = trainer(), time.monotonic(), [], [], []
+    for number, stored in enumerate(storage.get_episodes(range(total))):
+        arrays, problem = read_episode(stored, spaces)
+        if problem:
+            broken.append((number, *problem))
+        else:
+            episodes.append({"number": [number], "steps": [len(arrays["reward"])], **arrays})
+            try:
+                if isinstance(spaces[1], gym.spaces.Box):
+                    frame.read_episode(stored, storage, f"episode {number}")
+            except frame.RunError as error:
+                refused.append(str(error))
+        if time.monotonic() - spoken > 10:
+            spoken = time.monotonic()
+            print(f"reading {dataset_id}: {number:,} of {total:,} episodes", file=sys.stderr)
+    return episodes, broken, refused
 
 
 # ---- the checks: each yields its findings
@@ -309,7 +352,7 @@ def check_broken(data: Data) -> Iterator[Finding]:
     if not data.broken and steps is not None and steps != total:
         yield Finding(
             "inconsistent lengths",
-            f"the metadata count {steps:,} steps, the file holds {total:,}",
+            f"the metadata count {plain(steps)} steps, the file holds {total}",
             "the set is not the one that was described: something was added or is missing",
             "collect or convert it again",
         )
@@ -379,10 +422,10 @@ def check_flags(data: Data) -> Iterator[Finding]:
             "training stops at them; where it does not, a step joins two episodes of the recording",
             "end an episode at every flag",
         )
-    if (open_end := ~flagged[data.last]).any():
+    if data.open_end[:-1].any() or data.open_end.all():  # a recording may stop in its last one
         yield Finding(
             "episodes that end with neither flag",
-            data.where(data.last[open_end]),
+            data.where(data.last[data.open_end]),
             "loaders that cut at flags join them with the next episode",
             "set the truncation of their last step",
         )
@@ -390,11 +433,12 @@ def check_flags(data: Data) -> Iterator[Finding]:
 
 def maze_goal(data: Data) -> tuple[np.ndarray, float] | None:
     """Where a maze has its one goal, x and y [2], and the size of a cell, in metres."""
-    cells = np.array(data.spec.kwargs.get("maze_map", []), dtype=object)
-    goals = np.argwhere(cells == "g")
-    if cells.ndim != 2 or len(goals) != 1:
+    kwargs = data.environment.get("kwargs")
+    cells = np.array(kwargs.get("maze_map") if isinstance(kwargs, dict) else None, dtype=object)
+    goals = np.argwhere(cells == "g") if cells.ndim == 2 else []
+    if len(goals) != 1:
         return None
-    scale = 4.0 if "ant" in data.spec.id.lower() else 1.0
+    scale = 4.0 if "ant" in str(data.environment["id"]).lower() else 1.0
     (row, column), (rows, columns) = goals[0], cells.shape
     return scale * np.array([column + 0.5 - columns / 2, rows / 2 - row - 0.5]), scale
 
@@ -415,15 +459,17 @@ def check_reward_shift(data: Data) -> Iterator[Finding]:
     steps, or before them if rewards are late. A circle through the crossings shows which; a goal
     that is observed is compared directly.
     """
-    space, maze = data.metadata["observation_space"], isinstance(data.spec, EnvSpec)
-    if not maze or "maze" not in data.spec.id.lower() or set(np.unique(data.rewards)) != {0, 1}:
-        return
+    space, name = data.metadata["observation_space"], str(data.environment.get("id"))
     observed = isinstance(space, gym.spaces.Dict) and "desired_goal" in space.keys()
+    wide = data.obs.shape[1] >= (4 if observed else 2)
+    if "maze" not in name.lower() or not wide or set(np.unique(data.rewards)) != {0, 1}:
+        return
     goal = None if observed else maze_goal(data)
     if not observed and goal is None:
         return
     steps = np.flatnonzero(np.diff(data.rewards) != 0) + 1
-    steps = steps[data.episode_of[steps] == data.episode_of[steps - 1]]
+    inside = data.episode_of[steps] == data.episode_of[steps - 1]
+    steps = steps[inside & ~np.isnan(data.obs[data.before[steps] + 1, 0])]
     rows = data.before[steps][:, None] + [-1, 0, 1]  # before the first, between, after the second
     places = data.obs[rows, :2]
     if observed:  # sorted keys: achieved goal, then desired goal
@@ -452,7 +498,7 @@ def check_reward_shift(data: Data) -> Iterator[Finding]:
 
 def check_observations(data: Data) -> Iterator[Finding]:
     """Dimensions that never change, rows of zeros (maze2d, D4RL#65)."""
-    constant = np.flatnonzero(data.obs.min(0) == data.obs.max(0))
+    constant = np.flatnonzero(data.known.min(0) == data.known.max(0))
     if len(constant):
         yield Finding(
             "constant observations",
@@ -474,12 +520,18 @@ def check_observations(data: Data) -> Iterator[Finding]:
 
 
 def check_actions(data: Data) -> Iterator[Finding]:
-    """Actions outside of their space, actions that never change."""
-    space = data.metadata["action_space"]
+    """Actions of another space than the scripts take, outside of it, or that never change."""
+    space, refused = data.metadata["action_space"], "the training scripts refuse them"
+    if not isinstance(space, gym.spaces.Box):
+        detail, mend = f"they are of {plain(space)}, not a Box", "collect them in a Box"
+        yield Finding("actions that no script takes", detail, refused, mend)
+    elif not space.is_bounded():
+        mend = "train with --action_bounds data (smallest and largest), or store the true bounds"
+        yield Finding("actions without bounds", f"they are of {plain(space)}", refused, mend)
     if isinstance(space, gym.spaces.Box):
         low, high = space.low.ravel(), space.high.ravel()
-        excess = np.maximum(low - data.actions, data.actions - high).max(1)
-        outside = np.flatnonzero(excess > 1e-5 * np.maximum(1, np.abs(data.actions).max(1)))
+        excess = np.maximum(low - data.actions, data.actions - high)
+        outside = np.flatnonzero((excess > 1e-5 * np.maximum(1, np.abs(data.actions))).any(1))
         if len(outside):
             yield Finding(
                 "actions outside of the action space",
@@ -521,16 +573,15 @@ def check_tier(data: Data) -> Iterator[Finding]:
 
 
 def check_references(data: Data) -> Iterator[Finding]:
-    """Reference returns that are missing, in the wrong order or unlike the data (Minari#323)."""
+    """Reference returns that give no score or are unlike the data (Minari#323)."""
     low, high = (data.metadata.get(f"ref_{end}_score") for end in ("min", "max"))
     mend = "set ref_min_score and ref_max_score: returns of a random and of an expert policy"
-    if low is None or high is None:
-        detail = "the metadata lack ref_min_score or ref_max_score"
-        yield Finding("no reference returns", detail, "there are no scores, only returns", mend)
-    elif data.scores is None:
-        detail = f"ref_min_score is {low}, ref_max_score {high}"
-        effect = "scores are upside down, infinite or NaN"
-        yield Finding("references in the wrong order", detail, effect, mend)
+    if low is None and high is None:
+        return  # a note
+    if data.scores is None:
+        detail = f"ref_min_score is {plain(low)}, ref_max_score {plain(high)}"
+        effect = "scores are missing, upside down, infinite or NaN, or the evaluation fails"
+        yield Finding("references that give no score", detail, effect, mend)
     elif data.scores.mean() < -50 or data.scores.max() > 250:
         best = data.scores.argmax()
         yield Finding(
@@ -544,36 +595,31 @@ def check_references(data: Data) -> Iterator[Finding]:
 
 def check_environment(data: Data) -> Iterator[Finding]:
     """An environment to evaluate in that is missing, does not build or has other sizes."""
-    title, effect = "no environment to evaluate in", "policies can be trained but not evaluated"
-    mend = "give the set an env_spec, or the training script an env_id"
-    frame, told, space = trainer(), io.StringIO(), data.metadata["action_space"]
-    if not data.metadata.get("env_spec"):
-        yield Finding(title, "the metadata's env_spec is missing", effect, mend)
-        return
-    if not isinstance(space, gym.spaces.Box):
-        return  # no script here acts in it
-    low, high = (np.clip(x.ravel().astype(float), -1e9, 1e9) for x in (space.low, space.high))
-    units = {"obs_mean": np.zeros(data.obs.shape[1]), "obs_std": np.ones(data.obs.shape[1])}
-    units |= {"action_center": (low + high) / 2, "action_half_range": (high - low) / 2}
-    agent = frame.Agent(frame.TrainConfig(), {**units, "return_range": np.zeros(2)})
-    longest = {"longest_episode": int(data.lengths.max())}
-    try:
-        with redirect_stderr(io.StringIO()), redirect_stdout(told), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old versions of environments ask to be replaced
-            frame.find_environment(agent.cfg, data.metadata | longest, agent)
-    except frame.RunError as error:
-        other = "observations and actions" in str(error)
+    told, refusal = data.trial
+    if refusal:
+        other = "observations and actions" in refusal
         yield Finding(
-            "the environment is another one" if other else title, str(error), effect, mend
+            "the environment is another one" if other else "no environment to evaluate in",
+            refusal,
+            "policies can be trained (--env_id none) but not evaluated",
+            "give the set an env_spec, or scripts and doctor an --env_id (yours: module:Id-v0)",
         )
-    if "WARNING: actions" in told.getvalue():
-        detail = told.getvalue().split("WARNING: ")[1].splitlines()[0]
+    if "WARNING: actions" in told:
+        detail = plain(told.partition("WARNING: ")[2].partition("WARNING: ")[0])
         effect = "policies play other actions than the data shows"
         yield Finding("the environment takes other actions", detail, effect, "store them as played")
 
 
 def check_rewards(data: Data) -> Iterator[Finding]:
-    """Rewards that are all zero (OfflineRL-Kit#14), terminal rewards unlike the rest (D4RL#199)."""
+    """All zero (OfflineRL-Kit#14), terminal ones unlike the rest (D4RL#199), too large to train."""
+    frame, rewards = trainer(), np.split(data.rewards, data.starts[1:-1])
+    episodes = [{"obs": data.obs[:2], "reward": each} for each in rewards]  # obs: any
+    try:
+        with redirect_stdout(io.StringIO()):
+            frame.measure(episodes, gym.spaces.Box(-1, 1), frame.TrainConfig())
+    except frame.RunError as error:
+        refused, mend = "the training scripts refuse them", "train with a small reward_scale"
+        yield Finding("rewards too large", plain(error), refused, mend)
     if not data.rewards.any():
         yield Finding(
             "all rewards are zero",
@@ -616,6 +662,15 @@ def duplicated_episodes(data: Data) -> list[int]:
     return repeated
 
 
+def diagnose(data: Data) -> list[Finding]:
+    """All that is wrong; what the training scripts refuse is never fine."""
+    findings = [finding for check in CHECKS for finding in check(data)]
+    if data.refused and not findings:
+        effect, mend = "training stops there", "drop these episodes, or collect the set again"
+        findings = [Finding("the training scripts refuse it", data.refused[0], effect, mend)]
+    return findings
+
+
 CHECKS = [check_broken, check_jumps, check_timeouts, check_flags, check_reward_shift]
 CHECKS += [check_observations, check_actions, check_tier, check_references, check_environment]
 CHECKS += [check_rewards, check_duplicates]
@@ -631,7 +686,17 @@ def span(values: np.ndarray) -> str:
 def notes(data: Data) -> Iterator[str]:
     """What is worth knowing but is no fault."""
     if differs := data.metadata.get("environment_differs"):
-        yield f"environment differs: {differs}"
+        yield f"environment differs: {plain(differs)}"
+    if all(data.metadata.get(f"ref_{end}_score") is None for end in ("min", "max")):
+        yield "no ref_min_score and ref_max_score: there are returns, but no scores"
+    limits = (line for line in data.trial[0].splitlines() if "has no time limit" in line)
+    yield from map(plain, limits)
+    if number := int(data.unknown.sum()):
+        ends = f"{count(number, 'episode')} without a known last observation (NaN)"
+        yield f"{ends}: BC and DT learn from their last step, the other scripts leave it out"
+    if data.open_end[-1]:
+        number = data.numbers[-1]
+        yield f"episode {number} has no end: the recording stopped in it, its return is not whole"
     space = data.metadata["action_space"]
     if isinstance(space, gym.spaces.Box):
         low, high = space.low.ravel(), space.high.ravel()
@@ -644,7 +709,7 @@ def notes(data: Data) -> Iterator[str]:
 def table(data: Data) -> Iterator[str]:
     """The ranges of observations and actions, a line a dimension, long ones summarised."""
     yield f"{'':16}{'min':>12}{'mean':>12}{'max':>12}{'deviation':>12}"
-    for kind, values in (("observation", data.obs), ("action", data.actions)):
+    for kind, values in (("observation", data.known), ("action", data.actions)):
         total, mean = values.shape[1], values.mean(0, dtype=np.float64)
         columns = (values.min(0), mean, values.max(0), values.std(0, dtype=np.float64))
         shown = total if total <= ROWS[kind] else ROWS[kind] - 1
@@ -658,15 +723,14 @@ def table(data: Data) -> Iterator[str]:
 def page(data: Data) -> str:
     """The text on what the set is and holds."""
     meta, scores = data.metadata, data.scores
-    environment = data.spec.id if isinstance(data.spec, EnvSpec) else "none that can be read"
-    references = f"{meta.get('ref_min_score')} to {meta.get('ref_max_score')}"
+    references = " to ".join(plain(meta.get(f"ref_{end}_score")) for end in ("min", "max"))
     ends = f"{data.terminated.sum():,} terminated, {data.truncated.sum():,} truncated"
     copies = len(data.rewards) - len(np.unique(data.hashes))
     again = f"{count(copies, 'step')}, {count(len(duplicated_episodes(data)), 'whole episode')}"
     zeros = f"{(data.rewards == 0).mean():.1%} zeros"
     lines = {
-        "source": meta.get("source") or meta.get("code_permalink") or "not told",
-        "environment": environment,
+        "source": plain(meta.get("source") or meta.get("code_permalink") or "not told"),
+        "environment": plain(data.environment.get("id") or "none that can be read"),
         "references": references,
         "episodes": f"{len(data.lengths):,}, {ends}",
         "steps": f"{len(data.rewards):,}",
@@ -701,20 +765,29 @@ def draw(data: Data, findings: list[Finding], path: Path) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(15, 8.5), layout="constrained")
     faults = count(len(findings), "finding") if findings else "nothing wrong found"
     episodes, steps = count(len(data.lengths), "episode"), count(len(data.rewards), "step")
-    figure.suptitle(f"{data.name}: {episodes}, {steps}; {faults}", fontsize=15)
+    figure.suptitle(f"{data.name}: {episodes}, {steps}; {faults}", fontsize=15, parse_math=False)
     (returns, lengths, rewards), (obs, actions, changes) = axes
-    returns.hist(data.returns, bins=50, color="tab:blue")
-    returns.axvline(data.returns.mean(), color="black", label=f"mean {data.returns.mean():,.4g}")
-    returns.set(title="returns", xlabel="undiscounted return", ylabel="episodes")
-    returns.legend()
+    draw_returns(returns, data)
     lengths.hist(data.lengths, bins=50, range=(0, 1.02 * data.lengths.max()), color="tab:blue")
     lengths.set(title="lengths", xlabel="steps", ylabel="episodes")
     draw_rewards(rewards, data)
-    draw_ranges(obs, data.obs, "observations")
+    draw_ranges(obs, data.known, "observations")
     draw_ranges(actions, data.actions, "actions")
     draw_changes(changes, data)
-    figure.savefig(path, dpi=100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the font lacks letters of a name
+        figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def draw_returns(axes, data: Data) -> None:
+    """How many episodes have which return."""
+    low, high, size = data.returns.min(), data.returns.max(), np.abs(data.returns).max()
+    margin = 0.01 * (high - low) + 1e-6 * size or 1  # 50 bins apart need more than rounding
+    axes.hist(data.returns, bins=50, range=(low - margin, high + margin), color="tab:blue")
+    axes.axvline(data.returns.mean(), color="black", label=f"mean {data.returns.mean():,.4g}")
+    axes.set(title="returns", xlabel="undiscounted return", ylabel="episodes")
+    axes.legend()
 
 
 def draw_rewards(axes, data: Data) -> None:
@@ -731,7 +804,8 @@ def draw_rewards(axes, data: Data) -> None:
 
 def draw_ranges(axes, values: np.ndarray, title: str) -> None:
     """A bar from the 1st to the 99th percentile of every dimension, a line from min to max."""
-    x, (low, median, high) = np.arange(values.shape[1]), np.quantile(values, [0.01, 0.5, 0.99], 0)
+    x, values = np.arange(values.shape[1]), values.clip(-1e30, 1e30)  # axes overflow beyond
+    low, median, high = np.quantile(values, [0.01, 0.5, 0.99], 0)
     axes.vlines(x, values.min(0), values.max(0), color="tab:blue", lw=1, label="min to max")
     axes.bar(x, high - low, 0.6, low, color="tab:blue", alpha=0.5, label="98 percent")
     axes.plot(x, median, "_", color="black", label="median")
@@ -763,22 +837,34 @@ class Parser(argparse.ArgumentParser):
         raise DoctorError(f"{message}: --help shows how to call this")
 
 
-def examine(dataset_id: str, out: Path) -> int:
+def picture_folder() -> Path:
+    """stitch/doctor in the user's cache. Raises DoctorError where the user has no home."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))  # which counts if it is absolute
+    try:
+        return (cache if cache.is_absolute() else Path.home() / ".cache") / "stitch" / "doctor"
+    except RuntimeError:
+        raise DoctorError("there is no home folder for the picture: name one with --out") from None
+
+
+@np.errstate(all="ignore")  # what overflows is infinite, and found
+def examine(dataset_id: str, env_id: str, out: Path | None) -> int:
     """Print the page and the findings, save the picture; 0, 1 or, after an error, 2."""
     try:
-        data = load(dataset_id)
+        data = load(dataset_id, env_id)
         print(page(data), flush=True)
-        findings = [finding for check in CHECKS for finding in check(data)]
-        path = out / f"{re.sub(r'[^A-Za-z0-9_.]+', '-', data.name).strip('-')}-doctor.png"
-        out.mkdir(parents=True, exist_ok=True)
+        findings = diagnose(data)
+        print(f"\n{describe(findings)}\n", flush=True)
+        folder, name = out or picture_folder(), re.sub(r"[^A-Za-z0-9_.]+", "-", data.name)
+        path = folder / f"{name.strip('-.')[:100] or 'dataset'}-doctor.png"
+        folder.mkdir(parents=True, exist_ok=True)
         draw(data, findings, path)
     except DoctorError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error}: choose another place with --out", file=sys.stderr)
+        print(f"error: no picture, {error}: choose another place with --out", file=sys.stderr)
         return 2
-    print(f"\n{describe(findings)}\n\npicture: {path}\n", flush=True)
+    print(f"picture: {path}", flush=True)
     return 1 if findings else 0
 
 
@@ -786,13 +872,14 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, 1 where something is wrong, 2 where a dataset cannot be examined."""
     parser = Parser(description="Examine an offline dataset before training on it.")
     parser.add_argument("ids", nargs="+", metavar="ID", help="an id in Minari's store, or a folder")
-    parser.add_argument("--out", type=Path, default=Path(), help="folder of the pictures (here)")
+    parser.add_argument("--env_id", default="auto", help="as in the training scripts (auto)")
+    parser.add_argument("--out", type=Path, help="folder of the pictures (~/.cache/stitch/doctor)")
     try:
         args = parser.parse_args(argv)
     except DoctorError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return max([examine(dataset_id, args.out) for dataset_id in args.ids])
+    return max([examine(dataset_id, args.env_id, args.out) for dataset_id in args.ids])
 
 
 if __name__ == "__main__":

@@ -6,13 +6,17 @@ What is planted alters the file itself, for Minari's writer would refuse much of
 import importlib.util
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
-from conftest import TOY_ENV, toy_episode, write_dataset
+from conftest import TOY_ENV, contents, load_script, toy_episode, words, write_dataset
+from minari.data_collector import EpisodeBuffer
+from minari.dataset.minari_storage import MinariStorage
+from minari.serialization import serialize_space
 from PIL import Image
 
 PATH = Path(__file__).resolve().parents[1] / "datasets" / "doctor.py"
@@ -72,8 +76,13 @@ class Patient:
         path.write_text(json.dumps(kept))
 
     def findings(self) -> list:
-        data = doctor.load(str(self.folder))
-        return [finding for check in doctor.CHECKS for finding in check(data)]
+        return doctor.diagnose(self.load())
+
+    def load(self):
+        return doctor.load(str(self.folder))
+
+    def notes(self) -> str:
+        return "\n".join(doctor.notes(self.load()))
 
     def only(self, title: str) -> str:
         """The detail of the one finding, which has this title."""
@@ -81,6 +90,21 @@ class Patient:
         assert [finding.title for finding in findings] == [title]
         assert findings[0].effect and findings[0].mend
         return findings[0].detail
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Where pictures go unasked; the working directory is another folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "cache" / "stitch" / "doctor"
+
+
+@pytest.fixture
+def blank(monkeypatch):
+    """No picture but an empty file: a second less."""
+    monkeypatch.setattr(doctor, "draw", lambda data, findings, path: path.touch())  # noqa: ARG005
 
 
 @pytest.fixture
@@ -96,44 +120,76 @@ def test_clean_set_has_no_finding(patient, capsys):
     assert doctor.main([str(patient.folder.parent), "--out", "pictures"]) == 0
     out, err = capsys.readouterr()
     assert "nothing wrong found" in out and err == ""
-    for words in ("toy/walk-v0", "Pendulum-v1", "24, 12 terminated, 12 truncated", "960"):
-        assert words in out
+    for part in ("toy/walk-v0", "Pendulum-v1", "24, 12 terminated, 12 truncated", "960"):
+        assert part in out
     assert "-160.0 to -20.0" in out and "40 / 40 / 40" in out and "scores" in out
     returns = [patient.get(i, "rewards").astype(float).sum() for i in range(EPISODES)]
     assert f"{min(returns):,.6g} / {np.median(returns):,.6g} / {max(returns):,.6g}, mean" in out
     lowest = min(patient.get(i, "observations")[:, 2].min() for i in range(EPISODES))
     assert f"observation 2   {lowest:12.4g}" in out
     (picture,) = Path("pictures").iterdir()
-    assert picture.name == "toy-walk-v0-doctor.png" and f"picture: {picture}" in out
+    assert picture.name == "toy-walk-v0-doctor.png"
+    assert out.splitlines()[-1] == f"picture: {picture}"
     with Image.open(picture) as image:
         image.load()
         assert image.format == "PNG" and min(image.size) >= 800
         assert np.asarray(image.convert("L")).std() > 10  # not an empty page
 
 
+@pytest.mark.usefixtures("blank")
+def test_picture_goes_into_the_cache(patient, cache, capsys):
+    before = contents(patient.folder.parent)
+    assert doctor.main([str(patient.folder)]) == 0
+    picture = cache / "toy-walk-v0-doctor.png"
+    assert picture.is_file()
+    assert capsys.readouterr().out.splitlines()[-1] == f"picture: {picture}"
+    assert not list(Path().iterdir()) and contents(patient.folder.parent) == before
+
+
+@pytest.mark.parametrize("middle", [1e9, 1e-30, 0.0])
+def test_picture_of_returns_that_hardly_differ(patient, middle):
+    """NumPy refuses bins that rounding would join."""
+    data = patient.load()
+    data.returns = np.full(EPISODES, middle)
+    data.returns[3] = np.nextafter(middle, np.inf)
+    figure, axes = doctor.plt.subplots()
+    doctor.draw_returns(axes, data)
+    assert sum(bar.get_height() for bar in axes.patches) == EPISODES
+    doctor.plt.close(figure)
+
+
+@pytest.mark.parametrize("value", ["", "here"])
+def test_cache_that_is_no_absolute_folder(value, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert doctor.picture_folder() == tmp_path / ".cache" / "stitch" / "doctor"
+
+
+@pytest.mark.usefixtures("blank")
 def test_fault_is_told_with_effect_and_mend(patient, capsys):
     patient.edit(4, "truncations", -1, True)
     assert doctor.main([str(patient.folder)]) == 1
     out = capsys.readouterr().out
     assert "1. terminal and timeout at once: 1 step in 1 episode, first in episode 4 at step" in out
     assert "effect: loaders disagree" in out and "mend:   keep the termination" in out
-    assert Path("toy-walk-v0-doctor.png").is_file()
 
 
+@pytest.mark.usefixtures("blank")
 def test_id_of_the_store_and_one_that_is_not_there(clean, monkeypatch, capsys):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(clean.parents[2]))
     assert doctor.main(["no/such-v0", "toy/walk-v0"]) == 2
     out, err = capsys.readouterr()
-    assert "nothing wrong found" in out and err.startswith("error: no/such-v0 is not here")
+    assert "nothing wrong found" in out and err.startswith("error: ")
+    assert "no/such-v0 is not here" in err
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["no/such-v0"], ["no/such-v0 is not here", "Minari's store"]),
+        (["no/such-v0"], ["no/such-v0 is not here", "the store"]),
         (["D4RL/hopper/medium-v2"], ["python datasets/d4rl.py hopper-medium-v2"]),
-        (["empty"], ["empty holds no metadata.json"]),
-        (["set/data", "--out", "a-file"], ["a-file", "--out"]),
+        (["empty"], ["empty is not here"]),
+        (["../set/data", "--out", "a-file"], ["a-file", "--out"]),
         ([], ["ID", "--help"]),
         (["set", "--bad"], ["--bad", "--help"]),
     ],
@@ -168,10 +224,71 @@ def test_unreadable_set_is_one_line(patient, harm, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert str(patient.folder) in error and "convert it again" in error
-    assert not list(Path().glob("*.png"))
+    assert not list(Path().iterdir())
 
 
 # ---- files
+
+
+def link_outside(file, secret):
+    file["episode_3/rewards"] = h5py.ExternalLink(secret, "rewards")
+
+
+def link_by_name(file, secret):  # noqa: ARG001
+    file["episode_3/rewards"] = h5py.SoftLink("/episode_4/rewards")
+
+
+def virtual_array(file, secret):
+    layout = h5py.VirtualLayout((STEPS,), "f4")
+    layout[:] = h5py.VirtualSource(secret, "rewards", (STEPS,))
+    file.create_virtual_dataset("episode_3/rewards", layout)
+
+
+def stored_outside(file, secret):
+    where = [(secret, 0, h5py.h5f.UNLIMITED)]
+    file.create_dataset("episode_3/rewards", (STEPS,), "f4", external=where)
+
+
+def circle(file, secret):  # noqa: ARG001
+    file["episode_3/infos/again"] = file["episode_3"]
+    file["episode_3/rewards"] = np.zeros(STEPS, np.float32)
+
+
+@pytest.mark.parametrize(
+    "plant", [link_outside, link_by_name, virtual_array, stored_outside, circle]
+)
+def test_file_that_reads_elsewhere(patient, plant, capsys, tmp_path):
+    secret = tmp_path / "secret.hdf5"
+    with h5py.File(secret, "w") as file:
+        file["rewards"] = np.full(STEPS, 12345, np.float32)
+    with h5py.File(patient.folder / "main_data.hdf5", "r+") as file:
+        del file["episode_3/rewards"]
+        plant(file, str(secret))
+    assert doctor.main([str(patient.folder)]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: dataset ") and err.count("\n") == 1 and "episode_3/" in err
+    assert out == ""
+
+
+@pytest.mark.usefixtures("blank")
+def test_dataset_of_symbolic_links(patient, tmp_path):
+    """As the Hugging Face cache keeps it: trainer and doctor read it where it lies."""
+    linked, blobs = tmp_path / "snapshots" / "abc" / "data", tmp_path / "blobs"
+    shutil.move(patient.folder, blobs)
+    linked.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (linked / file.name).symlink_to(Path("../../../blobs", file.name))
+    assert doctor.main([str(linked.parent)]) == 0
+    assert load_script("bc").main(words(dataset_id=str(linked.parent))) == 0
+
+
+@pytest.mark.usefixtures("blank")
+def test_arrow_format(patient, tmp_path):
+    storage = MinariStorage.read(patient.folder)
+    episodes = [EpisodeBuffer(**stored) for stored in storage.get_episodes(range(EPISODES))]
+    folder = write_dataset(tmp_path / "store", "toy/walk-v0", episodes, data_format="arrow")
+    assert not list(folder.glob("*.hdf5"))
+    assert doctor.main([str(folder)]) == 0
 
 
 def test_empty_episode(patient):
@@ -199,6 +316,52 @@ def test_not_finite(patient, key, value):
     patient.edit(5, key, 7, value)
     detail = patient.only("NaN or infinite values")
     assert "first episode 5" in detail and key[:3] in detail
+
+
+@pytest.mark.parametrize("key", ["terminations", "truncations"])
+@pytest.mark.parametrize("value", [2.0, -1.0, 0.5])
+def test_flags_that_are_no_flags(patient, key, value):
+    patient.set(5, **{key: np.full(STEPS, value)})
+    detail = patient.only("flags that are neither 0 nor 1")
+    assert f"first episode 5: {key} hold {value}" in detail
+
+
+def test_unknown_last_observations_are_a_note(patient, monkeypatch):
+    page = doctor.page(patient.load()).splitlines()
+    for episode in (3, 9):
+        patient.edit(episode, "observations", -1, np.nan)
+    data = patient.load()
+    assert doctor.diagnose(data) == [] and data.unknown.sum() == 2
+    assert "2 episodes without a known last observation (NaN)" in patient.notes()
+    again = doctor.page(data).splitlines()
+    assert len(again) == len(page) + 1 and not any("nan " in line for line in again)
+    assert [line.split()[0] for line in page if line not in again] == ["observation"] * 3
+    assert np.isfinite(data.changes[0]).all() and len(np.unique(data.hashes)) == EPISODES * STEPS
+    figures, close = [], doctor.plt.close
+    monkeypatch.setattr(doctor.plt, "close", figures.append)
+    doctor.draw(data, [], Path("unknown.png"))
+    bars = [bar for axes in figures[0].axes for bar in axes.patches]
+    assert len(bars) > 100 and np.isfinite([bar.get_height() for bar in bars]).all()
+    close(figures[0])
+
+
+@pytest.mark.parametrize(
+    ("episode", "rows"), [(3, np.s_[-1, 0]), (3, np.s_[:1]), (3, np.s_[-2:]), (4, np.s_[-1])]
+)
+def test_what_else_is_unknown_is_a_fault(patient, episode, rows):
+    """Part of an observation, one that is not the last, or the last of an end that is known."""
+    patient.edit(episode, "observations", rows, np.nan)
+    assert f"first episode {episode}" in patient.only("NaN or infinite values")
+
+
+def test_faults_are_found_beside_unknown_observations(patient):
+    for episode in range(1, EPISODES, 2):
+        patient.edit(episode, "observations", -1, np.nan)
+    patient.everywhere("observations", lambda states: states * np.float32([1, 1, 0]) + 0.5)
+    assert "first dimension 2" in patient.only("constant observations")
+    states = patient.get(6, "observations")
+    patient.set(6, observations=states + 10 * (np.arange(STEPS + 1) > 19)[:, None])
+    assert "jumps inside episodes" in {finding.title for finding in patient.findings()}
 
 
 # ---- jumps
@@ -271,6 +434,21 @@ def test_flag_in_the_middle(patient, key):
 def test_end_without_a_flag(patient):
     patient.edit(1, "truncations", -1, False)
     assert "first in episode 1" in patient.only("episodes that end with neither flag")
+    assert "has no end" not in patient.notes()
+
+
+def test_ends_that_were_all_lost(patient):
+    for key in ("terminations", "truncations"):
+        patient.everywhere(key, np.zeros_like)
+    assert "24 steps in 24" in patient.only("episodes that end with neither flag")
+    patient.describe(total_episodes=1, total_steps=STEPS)
+    assert "1 step in 1" in patient.only("episodes that end with neither flag")
+
+
+def test_recording_that_stopped_in_its_last_episode_is_a_note(patient):
+    patient.edit(EPISODES - 1, "truncations", -1, False)
+    assert patient.findings() == []
+    assert f"episode {EPISODES - 1} has no end" in patient.notes()
 
 
 # ---- rewards
@@ -304,7 +482,7 @@ def maze_data(late: bool, ends: bool = False, observed: bool = False, seed: int 
     metadata = {"env_spec": spec.to_json(), "observation_space": space}
     actions = np.zeros((len(rewards), 2), np.float32)
     numbers = np.arange(len(episodes))
-    return doctor.Data("maze", metadata, states, actions, rewards, *flags, starts, numbers, [])
+    return doctor.Data("maze", metadata, states, actions, rewards, *flags, starts, numbers, [], [])
 
 
 @pytest.mark.parametrize("observed", [False, True])
@@ -314,6 +492,20 @@ def test_late_rewards_of_a_maze(late, observed):
     assert [finding.title for finding in findings] == ["rewards one step late"] * late
     if late:
         assert "120 switches" in findings[0].detail and "episode 0" in findings[0].detail
+
+
+def test_late_rewards_beside_unknown_observations():
+    data = maze_data(late=True)
+    data.obs[data.before[data.last] + 1] = np.nan
+    data.rewards[data.last[:9]] = 1  # whose places are unknown
+    (finding,) = doctor.check_reward_shift(data)
+    assert "at 120 switches" in finding.detail
+
+
+def test_maze_without_places():
+    data = maze_data(late=True, observed=True)
+    data.obs = data.obs[:, :3]
+    assert list(doctor.check_reward_shift(data)) == []
 
 
 def test_maze_that_ends_at_its_goal():
@@ -353,7 +545,7 @@ def test_equal_returns_are_a_note(patient):
     rewards = np.where(np.arange(STEPS) % 2, -1, -2).astype(np.float32)
     patient.everywhere("rewards", lambda _: rewards)
     assert patient.findings() == []
-    assert any("same return" in note for note in doctor.notes(doctor.load(str(patient.folder))))
+    assert "same return" in patient.notes()
 
 
 # ---- observations and actions
@@ -386,15 +578,14 @@ def test_saturated_actions_are_a_note(patient):
     patient.everywhere("actions", np.sign)
     patient.everywhere("actions", lambda actions: 2 * actions)
     assert patient.findings() == []
-    notes = list(doctor.notes(doctor.load(str(patient.folder))))
-    assert "100.0% of the action components are at a bound of their space" in notes
+    assert "100.0% of the action components are at a bound of their space" in patient.notes()
 
 
 def test_duplicated_episode(patient):
     for key in ("observations", "actions", "rewards", "terminations", "truncations"):
         patient.set(16, **{key: patient.get(2, key)})
     assert "1 episode occurred before, first episode 16" in patient.only("duplicated episodes")
-    assert "40 steps, 1 whole episode" in doctor.page(doctor.load(str(patient.folder)))
+    assert "40 steps, 1 whole episode" in doctor.page(patient.load())
 
 
 # ---- what the metadata say
@@ -424,16 +615,29 @@ def test_swapped_tiers(patient, name, mean, wrong):
         assert patient.findings() == []
 
 
-@pytest.mark.parametrize("key", ["ref_min_score", "ref_max_score"])
-def test_missing_reference(patient, key):
-    patient.describe(**{key: None})
-    patient.only("no reference returns")
+def test_no_references_are_a_note(patient):
+    patient.describe(ref_min_score=None, ref_max_score=None)
+    assert patient.findings() == [] and "no scores" in patient.notes()
 
 
-@pytest.mark.parametrize("low", [-20.0, 5.0])
-def test_references_in_the_wrong_order(patient, low):
-    patient.describe(ref_min_score=low)
-    assert str(low) in patient.only("references in the wrong order")
+@pytest.mark.parametrize(
+    "references",
+    [
+        {"ref_min_score": None},
+        {"ref_max_score": None},
+        {"ref_min_score": -20.0},  # equal to the other
+        {"ref_min_score": 5.0},  # above it
+        {"ref_min_score": "-160"},
+        {"ref_max_score": [1, 2]},
+        {"ref_max_score": True},
+        {"ref_max_score": float("nan")},
+        {"ref_max_score": 10**400},
+    ],
+)
+def test_references_that_give_no_score(patient, references):
+    patient.describe(**references)
+    (value,) = references.values()
+    assert str(value)[:300] in patient.only("references that give no score")
 
 
 @pytest.mark.parametrize("references", [(-30.0, -20.0), (-1000.0, -990.0)])
@@ -444,7 +648,7 @@ def test_references_that_do_not_fit(patient, references):
 
 def test_no_environment(patient):
     patient.describe(env_spec=None)
-    assert "env_spec is missing" in patient.only("no environment to evaluate in")
+    assert "names no environment" in patient.only("no environment to evaluate in")
 
 
 def test_environment_that_cannot_be_read(patient):
@@ -467,7 +671,196 @@ def test_environment_of_another_size(patient):
 def test_environment_that_differs_is_a_note(patient):
     patient.describe(environment_differs="it has wind", env_spec=TOY_ENV.to_json())
     assert patient.findings() == []
-    assert "environment differs: it has wind" in doctor.page(doctor.load(str(patient.folder)))
+    assert "environment differs: it has wind" in doctor.page(patient.load())
+
+
+@pytest.mark.usefixtures("blank")
+def test_environment_of_ones_own_module(patient, monkeypatch):
+    text = "import gymnasium as gym\nfrom gymnasium.envs.classic_control import PendulumEnv\n"
+    Path("doctors_env.py").write_text(f"{text}gym.register('Doctors-v0', PendulumEnv)\n")
+    monkeypatch.syspath_prepend(Path.cwd())
+    patient.describe(env_spec=None)
+    folder = str(patient.folder)
+    assert [doctor.main([folder, "--env_id", name]) for name in ("auto", "none")] == [1, 0]
+    assert doctor.main([folder, "--env_id", "doctors_env:Doctors-v0"]) == 0
+    notes = list(doctor.notes(doctor.load(folder, "doctors_env:Doctors-v0")))
+    assert any("Doctors-v0 has no time limit: 40 steps" in note for note in notes)
+
+
+ODD = [-1, True, 1e308, float("nan"), 10**400, "", "os:system", "{", "null", "\ud800", "\x1b[31m\n"]
+ODD += [[], [1, "a"], {"a": 1}, '{"id": 5}', '{"id": "Maze", "kwargs": []}', "[" * 900 + "]" * 900]
+ODD += ['{"id": "Maze", "kwargs": {"maze_map": [[["g"]]]}}']
+
+
+@pytest.mark.usefixtures("blank")
+@pytest.mark.parametrize("value", ODD, ids=range(len(ODD)))
+def test_metadata_of_any_content(value, capsys, tmp_path):
+    """A page, or one line."""
+    rng = np.random.default_rng(0)
+    rewards = (rng.integers(0, 2, 9).astype(np.float32) for _ in range(3))
+    episodes = [toy_episode(rng, 9, True, rewards=each) for each in rewards]
+    patient = Patient(write_dataset(tmp_path / "store", "toy/odd-v0", episodes))
+    path = patient.folder / "metadata.json"
+    metadata = {**json.loads(path.read_text()), "source": "s", "environment_differs": "e"}
+    for key in metadata:
+        path.write_text(json.dumps({**metadata, key: value}))
+        code = doctor.main([str(patient.folder)])
+        out, err = capsys.readouterr()
+        assert err.count("\n") == (code == 2) and err[:7] == "error: "[: 7 * (code == 2)]
+        assert all(char.isprintable() or char == "\n" for char in out + err)
+    path.write_text(json.dumps(value))
+    assert doctor.main([str(patient.folder)]) == 2
+
+
+@pytest.mark.usefixtures("blank")
+@pytest.mark.parametrize("name", ["../../up-v0", "x" * 300, "-", "价值-v0"])
+def test_name_of_any_content(patient, name, cache):
+    patient.describe(dataset_id=name)
+    assert doctor.main([str(patient.folder)]) == 0
+    (picture,) = cache.iterdir()
+    assert picture.name[0] != "-" and not list(Path().iterdir())
+
+
+def test_name_that_fonts_and_formulas_lack(patient, capsys):
+    patient.describe(dataset_id="价$b^{$")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert doctor.main([str(patient.folder)]) == 0
+    assert capsys.readouterr().err == ""
+
+
+# ---- the training scripts say the same
+
+
+def reshape(key: str, *shape: int):
+    return lambda patient: patient.everywhere(key, lambda values: values.reshape(*shape))
+
+
+def put(episode: int, key: str, rows, value):
+    """Set a value in a wide enough type."""
+
+    def harm(patient):
+        values = patient.get(episode, key).astype(np.float64)
+        values[rows] = value
+        patient.set(episode, **{key: values})
+
+    return harm
+
+
+def forget(key: str, **changes):
+    """Describe another set, without one of its arrays."""
+
+    def harm(patient):
+        patient.describe(**changes)
+        if key:
+            with h5py.File(patient.folder / "main_data.hdf5", "r+") as file:
+                del file["episode_7"][key]
+
+    return harm
+
+
+def about(**changes):
+    return forget("", **changes)
+
+
+def hold(patient):
+    patient.everywhere("observations", lambda states: states * np.float32([1, 1, 0]))
+
+
+def lose_ends(patient):
+    for key in ("terminations", "truncations"):
+        patient.everywhere(key, np.zeros_like)
+
+
+def empty(patient):
+    for key in ("actions", "rewards", "terminations", "truncations"):
+        patient.set(3, **{key: patient.get(3, key)[:0]})
+
+
+BOX, WIDE = gym.spaces.Box, np.inf
+ANOTHER = gym.spec("MountainCarContinuous-v0").to_json()
+VERDICTS = {  # what is changed, the exit code of a training script, the doctor's
+    "nothing": (about(), 0, 0),
+    "no references": (about(ref_min_score=None, ref_max_score=None), 0, 0),
+    "unknown last observation": (put(3, "observations", -1, np.nan), 0, 0),
+    "recording that stopped": (put(EPISODES - 1, "truncations", -1, 0), 0, 0),
+    "columns": (reshape("rewards", -1, 1), 0, 0),
+    "deep columns": (reshape("terminations", -1, 1, 1), 0, 0),
+    "observations of another rank": (reshape("observations", -1, 3, 1), 0, 0),
+    "float64": (lambda patient: patient.everywhere("actions", np.float64), 0, 0),
+    "action at its bound, rounded": (put(3, "actions", 5, 2 + 1e-5), 0, 0),
+    "constant observation": (hold, 0, 1),
+    "both ends": (put(2, "truncations", -1, 1), 0, 1),
+    "no ends": (lose_ends, 0, 1),
+    "equal references": (about(ref_min_score=-20.0), 0, 1),
+    "half an end": (put(3, "truncations", -1, 0.5), 0, 1),
+    "unknown terminal observation": (put(2, "observations", -1, np.nan), 0, 1),
+    "unknown observation inside": (put(3, "observations", 5, np.nan), 2, 1),
+    "partly unknown observation": (put(3, "observations", np.s_[-1, 1], np.nan), 2, 1),
+    "infinite action": (put(3, "actions", 5, np.inf), 2, 1),
+    "unknown reward": (put(3, "rewards", 5, np.nan), 2, 1),
+    "unknown flag": (put(3, "truncations", -1, np.nan), 2, 1),
+    "more than float32 holds": (put(3, "observations", 5, 1e39), 2, 1),
+    "almost more": (put(3, "observations", 5, 3.2e38), 2, 1),
+    "large rewards": (put(3, "rewards", 5, 1e20), 2, 1),
+    "action outside": (put(3, "actions", 5, 2.1), 2, 1),
+    "end inside": (put(3, "terminations", 5, 1), 2, 1),
+    "half an end inside": (put(3, "terminations", 5, 0.5), 2, 1),
+    "empty episode": (empty, 2, 1),
+    "short array": (lambda patient: patient.set(3, rewards=np.zeros(STEPS - 1)), 2, 1),
+    "long array": (lambda patient: patient.set(3, truncations=np.zeros(STEPS + 1)), 2, 1),
+    "wide array": (lambda patient: patient.set(3, rewards=np.zeros((STEPS, 2))), 2, 1),
+    "wide space": (about(observation_space=serialize_space(BOX(-WIDE, WIDE, (4,)))), 2, 2),
+    "actions without bounds": (about(action_space=serialize_space(BOX(-WIDE, WIDE, (1,)))), 2, 1),
+    "discrete actions": (about(action_space=serialize_space(gym.spaces.Discrete(5))), 2, 1),
+    "images": (about(observation_space=serialize_space(BOX(0, 255, (3, 1), np.uint8))), 2, 2),
+    "no environment": (about(env_spec=None), 2, 1),
+    "another environment": (about(env_spec=ANOTHER), 2, 1),
+    "unregistered environment": (about(env_spec='{"id": "Lost-v0"}'), 2, 1),
+    "no spaces": (about(observation_space=None), 2, 2),
+    "no episodes": (about(total_episodes=0), 2, 2),
+    "too many episodes": (about(total_episodes=EPISODES + 1), 2, 2),
+    "missing array": (forget("rewards"), 2, 2),
+    "text": (lambda patient: patient.set(3, rewards=["a"] * STEPS), 2, 2),
+    "no HDF5": (break_file, 2, 2),
+    "no JSON": (break_metadata, 2, 2),
+    "no folder": (lambda patient: shutil.rmtree(patient.folder), 2, 2),
+}
+
+
+@pytest.mark.parametrize("harm, training, examination", VERDICTS.values(), ids=VERDICTS)
+def test_verdicts_of_trainer_and_doctor(patient, harm, training, examination):
+    """What the trainer refuses the doctor finds; what the doctor calls fine the trainer takes."""
+    harm(patient)
+    folder, short = str(patient.folder), {"num_updates": 1, "final_eval_episodes": 0}
+    settings = {**short, "eval_episodes": 0, "eval_every": 1, "log_every": 1, "checkpoint_every": 1}
+    assert load_script("bc").main(words(dataset_id=folder, **settings)) == training
+    try:
+        assert bool(patient.findings()) == examination
+    except doctor.DoctorError:
+        assert examination == 2
+
+
+@pytest.mark.parametrize(
+    ("case", "title", "part"),
+    [
+        ("large rewards", "rewards too large", "1e+20"),
+        ("actions without bounds", "actions without bounds", "Box(-inf, inf, (1,), float32)"),
+        ("discrete actions", "actions that no script takes", "Discrete(5)"),
+        ("almost more", "NaN or infinite values", "first episode 3"),
+    ],
+)
+def test_refusals_are_told_by_their_own_name(patient, case, title, part):
+    VERDICTS[case][0](patient)
+    details = {finding.title: finding.detail for finding in patient.findings()}
+    assert part in details[title]
+
+
+def test_what_the_trainer_alone_refuses_is_found(patient, monkeypatch):
+    frame = doctor.trainer()
+    refuse = lambda _, __, where: frame.check(False, f"{where} is not to my taste")  # noqa: E731
+    monkeypatch.setattr(frame, "read_episode", refuse)
+    assert patient.only("the training scripts refuse it") == "episode 0 is not to my taste"
 
 
 # ---- what it stands on
