@@ -629,12 +629,15 @@ def load_dataset(cfg) -> tuple:
         stored = tqdm(storage.get_episodes(range(count)), "reading", count, delay=5, disable=None)
         pairs = enumerate(stored)
         episodes = [read_episode(each, storage, f"{about}, episode {i}") for i, each in pairs]
-    check(episodes, f"{about} has no episodes")
+    check(episodes and episodes[0]["obs"].size, f"{about} has no episodes or no observations")
     if cfg.action_bounds == "data":
         actions = np.concatenate([episode["action"] for episode in episodes])
         space = gym.spaces.Box(actions.min(0), actions.max(0), dtype=space.dtype)
     mend = "--action_bounds data takes the smallest and largest"
     check(space.is_bounded(), f"{about} has actions {space} without bounds: {mend}")
+    ends = {name: metadata.get(name) for name in ("ref_min_score", "ref_max_score")}
+    numbers = all(x is None or (type(x) in (int, float) and abs(x) < 1e9) for x in ends.values())
+    check(numbers, f"{about} has {ends}, not numbers")
     lengths = [len(episode["reward"]) for episode in episodes]
     digest = hashlib.sha256(np.array(lengths, "<i8").tobytes())
     for name, episode in itertools.product(NAMES, episodes):
@@ -657,14 +660,14 @@ def read_episode(stored: dict, storage, where: str) -> dict:
         if right:
             native = values.dtype.newbyteorder("=")
             values = episode[name] = values.reshape(shape).astype(native, copy=False)
-            unknown = name == "obs" and np.isnan(values[-1]).all()
+            unknown = name == "obs" and np.isnan(values[-1]).all() and not raw["terminated"].any()
             right = (np.abs(values[:-1] if unknown else values) < 3e38).all()  # float32's range
         if right and name == "action":
             slack = 1e-5 * np.maximum(1, np.abs(values))  # rounding
             right = ((values >= low - slack) & (values <= high + slack)).all()
             episode[name] = values.clip(low, high)
         if right and name in ("terminated", "truncated"):
-            right = not values[:-1].any()
+            right = not values[:-1].any() and values[-1] in (0, 1)
         fault = "has a wrong shape, NaN, a value out of bounds or an end before the last step"
         check(right, f"{where}: {name} {fault}; datasets/doctor.py says more")
     return episode

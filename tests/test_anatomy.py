@@ -14,16 +14,16 @@ from conftest import REPOSITORY, SCRIPTS
 FRAME = "# ---- frame: the same in every script ----"
 # Lines of a script, and of the shared blocks that a script with an online phase has.
 # What they hold today, and no more; the aim is 640 for bc.py and 820 for iql.py.
-TOTALS = {"bc": 1033, "bcq": 1142, "brac": 1194, "td3_bc": 1196, "awac": 1229, "rebrac": 1252}
-TOTALS |= {"iql": 1243, "dt": 1238, "cql": 1300, "cal_ql": 1309}
-TOTALS |= {"xql": 1147}
-TOTALS |= {"spot": 1261}
-TOTALS |= {"fql": 1250}
-TOTALS |= {"edac": 1165}
+TOTALS = {"bc": 1036, "bcq": 1145, "brac": 1197, "td3_bc": 1199, "awac": 1232, "rebrac": 1255}
+TOTALS |= {"iql": 1246, "dt": 1241, "cql": 1303, "cal_ql": 1312}
+TOTALS |= {"xql": 1150}
+TOTALS |= {"spot": 1264}
+TOTALS |= {"fql": 1253}
+TOTALS |= {"edac": 1168}
 BLOCKS = ["config", "online_config", "networks", "layer_norm", "squashed_policy"]
 BLOCKS += ["data", "evaluation", "run", "online"]
 OPTIONAL = ["online_config", "layer_norm", "squashed_policy", "online"]
-SHARED_LINES = 1013  # without layer_norm and squashed_policy; the aim is 580
+SHARED_LINES = 1016  # without layer_norm and squashed_policy; the aim is 580
 MEND = "edit one script, then run: python tests/sync_blocks.py algorithms/<that script>.py"
 
 GLOSSARY = set(

@@ -530,3 +530,28 @@ def test_what_followed_a_last_step_or_an_end_may_be_unknown(capsys):
     line[1] = "store/cut-v0"
     assert load_script("dt").main([*line, "--run_dir", "cut"]) == 2
     assert "no episode of the data ends" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["much", math.nan])
+def test_reference_returns_that_are_no_numbers(iql, refused, value):
+    data = write_dataset(Path("store"), "own-v0", toy_episodes())
+    about = json.loads((data / "metadata.json").read_text())
+    (data / "metadata.json").write_text(json.dumps({**about, "ref_min_score": value}))
+    refused(iql, words(dataset_id="store/own-v0"), "ref_min_score")
+
+
+@pytest.mark.parametrize("value", [2, 0.5])
+def test_flags_that_are_neither_0_nor_1(iql, refused, value):
+    data = write_dataset(Path("store"), "own-v0", toy_episodes())
+    with h5py.File(data / "main_data.hdf5", "r+") as file:
+        flags = file["episode_0/terminations"][:] * value
+        del file["episode_0/terminations"]
+        file["episode_0/terminations"] = flags
+    refused(iql, words(dataset_id="store/own-v0"), "episode 0", "terminated")
+
+
+def test_what_a_terminal_step_led_to_is_known(iql, refused):
+    episode = toy_episode(np.random.default_rng(0), 5, True)
+    episode.observations[-1] = np.nan
+    write_dataset(Path("store"), "own-v0", [episode])
+    refused(iql, words(dataset_id="store/own-v0"), "episode 0", "obs", "NaN")
