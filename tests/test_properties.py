@@ -5,12 +5,13 @@ thousands, other ones each time.
 """
 
 import contextlib
-import functools
+import dataclasses
 import io
 import itertools
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import h5py
@@ -27,16 +28,18 @@ from conftest import (
     words,
     write_dataset,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
-from test_runs import agent_of, crash_at, saved, strict
+from test_runs import crash_at, leaves, strict
 from test_trust import load_tool
 
 policy, report = load_tool("tools/policy.py"), load_tool("tools/report.py")
 policy.load_script = load_script
+SHORT_ENV = dataclasses.replace(TOY_ENV, max_episode_steps=3)
 THOROUGH = os.environ.get("STITCH_THOROUGH") == "1"
-TINY = {"num_updates": 2, "batch_size": 2, "hidden_dim": 4, "eval_every": 1, "log_every": 1}
-TINY |= {"eval_episodes": 1, "final_eval_episodes": 1, "checkpoint_every": 1}
+IN_TURN = ["iql", "bc"] if THOROUGH else ["iql"]  # one will do for what the frame alone decides
+TINY = {"num_updates": 2, "batch_size": 2, "hidden_dim": 4, "hidden_layers": 1, "eval_every": 1}
+TINY |= {"eval_episodes": 1, "final_eval_episodes": 1, "log_every": 1, "checkpoint_every": 1}
 
 
 def inputs(count: int, *strategies, thorough: int = 0):
@@ -63,6 +66,14 @@ def ends_well(main, argv, own=()) -> int:
     assert (code, told) in ((0, []), (2, lines[-1:])), (code, lines)
     assert others() == before
     return code
+
+
+@pytest.fixture(scope="module")
+def small_set(tmp_path_factory) -> Path:
+    """A whole dataset of two episodes, of 5 steps and of one, played for 3 steps."""
+    rng = np.random.default_rng(0)
+    episodes = [toy_episode(rng, 5, True), toy_episode(rng, 1, False)]
+    return write_dataset(tmp_path_factory.mktemp("small"), "small-v0", episodes, env=SHORT_ENV)
 
 
 # ---- what anything may be
@@ -117,7 +128,7 @@ NOWHERE = ["--dataset_id", "no/where-v0", "--fallback_dataset_id=", "--download"
 
 @pytest.mark.parametrize("kind", FILES)
 def test_a_file_of_settings(iql, kind):
-    @inputs(100, FILES[kind])
+    @inputs(50, FILES[kind])
     def check(content):
         Path("some.yaml").write_bytes(content)
         assert ends_well(iql.main, ["--config", "some.yaml", *NOWHERE]) == 2
@@ -127,7 +138,7 @@ def test_a_file_of_settings(iql, kind):
 
 @pytest.mark.parametrize("kind", COMMANDS)
 def test_a_command_line(iql, kind):
-    @inputs(100, COMMANDS[kind])
+    @inputs(50, COMMANDS[kind])
     def check(argv):
         with contextlib.suppress(SystemExit):  # --help
             assert ends_well(iql.main, [*argv, *NOWHERE]) == 2
@@ -139,7 +150,8 @@ LARGE = ("seed", "eval_seed", "eval_every", "log_every", "checkpoint_every", "ma
 LARGE += ("bc_updates", "behavior_updates", "warm_start", "warmup_updates")
 PLACES = {
     "run_dir": text.filter(lambda x: ".." not in x).map("run/{}".format),
-    "env_id": st.sampled_from(("none", "auto", "Pendulum-v1", "CartPole-v1", "nothing:X-v0")) | text,
+    "env_id": st.sampled_from(("none", "auto", "Pendulum-v1", "CartPole-v1", "nothing:X-v0"))
+    | text,
     "env_kwargs": st.dictionaries(text, value, max_size=2) | word,
     "checkpoint": text,
     "target_returns": st.sampled_from(("100%", "50%, 3", "1e400", "nan%", "9" * 400)) | text,
@@ -168,9 +180,11 @@ def of_field(spec):
 def test_a_run_of_any_settings(name):
     script = load_script(name)
     fields = [f for f in script.TrainConfig.__dataclass_fields__.values() if f.name not in FIXED]
-    one = st.sampled_from(fields).flatmap(lambda spec: st.tuples(st.just(spec.name), of_field(spec)))
+    one = st.sampled_from(fields).flatmap(
+        lambda spec: st.tuples(st.just(spec.name), of_field(spec))
+    )
 
-    @inputs(12, st.lists(one, max_size=4).map(dict))
+    @inputs(4, st.lists(one, max_size=4).map(dict), thorough=60)
     def check(settings):
         argv = words(**{**TINY, **{k: v for k, v in settings.items() if k != "env_kwargs"}})
         more = {k: v for k, v in settings.items() if k == "env_kwargs"}
@@ -207,7 +221,7 @@ SPACES = [SPACE | change for change in (
     {"shape": [0], "low": [], "high": []},
     {"shape": [3], "low": 3 * [-9.0], "high": 3 * [9.0]},
     {"shape": [1, 1, 1], "low": [[[-2]]], "high": [[[2]]]},
-    {"shape": [2, 2, 3], "low": [[[0] * 3] * 2] * 2, "high": [[[255] * 3] * 2] * 2, "dtype": "uint8"},
+    {"shape": [2, 2, 3], "low": [[[0] * 3] * 2] * 2, "high": 12 * [255], "dtype": "uint8"},
 )]  # fmt: skip
 SPACES += [{"type": "Discrete", "dtype": "int64", "start": 0, "n": n} for n in (1, 3, 0, 2**62)]
 SPACES += [{"type": "MultiBinary", "n": n} for n in (3, [2, 2], 0, 2**62)]
@@ -230,13 +244,15 @@ wrapper = st.tuples(
 wrapper = wrapper.map(lambda x: {**WRAPPER, "name": x[0], "kwargs": x[1]}) | value
 spec_change = st.one_of(
     st.tuples(st.just("id"), st.sampled_from(("CartPole-v1", "Acrobot-v1", "X-v0")) | value),
-    st.tuples(st.just("kwargs"), st.dictionaries(st.sampled_from(("g", "max_episode_steps")), value)),
+    st.tuples(
+        st.just("kwargs"), st.dictionaries(st.sampled_from(("g", "max_episode_steps")), value)
+    ),
     st.tuples(st.just("kwargs"), value),
     st.tuples(st.just("max_episode_steps"), st.sampled_from(LIMITS)),
     st.tuples(st.just("additional_wrappers"), st.lists(wrapper, max_size=2) | value),
-    st.tuples(st.sampled_from(sorted(json.loads(TOY_ENV.to_json()))), st.sampled_from(LIMITS)),
+    st.tuples(st.sampled_from(sorted(json.loads(SHORT_ENV.to_json()))), st.sampled_from(LIMITS)),
 )
-spec_text = spec_change.map(lambda x: json.dumps({**json.loads(TOY_ENV.to_json()), x[0]: x[1]}))
+spec_text = spec_change.map(lambda x: json.dumps({**json.loads(SHORT_ENV.to_json()), x[0]: x[1]}))
 METADATA = ("total_episodes", "total_steps", "data_format", "jpeg_encoding", "observation_space")
 METADATA += ("action_space", "env_spec", "eval_env_spec", "ref_min_score", "ref_max_score")
 METADATA += ("dataset_id", "minari_version", "environment_differs", "source", "fingerprint")
@@ -251,18 +267,11 @@ an_array = st.tuples(
     st.sampled_from(ARRAYS), st.sampled_from(SHAPES), st.sampled_from(KINDS), st.sampled_from(FILLS)
 )
 an_element = st.tuples(st.sampled_from(ARRAYS), st.integers(0, 5), st.sampled_from(FILLS))
-LINKS = ("absent", "group", "empty", "dangling", "itself", "parent", "other file", "reference")
+LINKS = ("absent", "group", "empty", "dangling", "itself", "other file", "reference")
 a_link = st.tuples(st.sampled_from(("", *ARRAYS, "infos", "infos/x")), st.sampled_from(LINKS))
+a_link |= st.tuples(st.sampled_from(("", *ARRAYS)), st.just("parent"))  # Minari's infos take 6 s
 a_cut = st.tuples(st.sampled_from(("metadata.json", "main_data.hdf5")), st.integers(0, 6000))
 a_byte = st.tuples(st.just("metadata.json"), st.integers(0, 1500), st.binary(max_size=3))
-
-
-@pytest.fixture(scope="module")
-def small_set(tmp_path_factory) -> Path:
-    """A whole dataset of two episodes, of 5 steps and of one."""
-    rng = np.random.default_rng(0)
-    episodes = [toy_episode(rng, 5, True), toy_episode(rng, 1, False)]
-    return write_dataset(tmp_path_factory.mktemp("small"), "small-v0", episodes)
 
 
 def changed_set(good: Path) -> Path:
@@ -289,9 +298,9 @@ def trains_or_refuses(script, **options) -> None:
         shutil.rmtree("run", ignore_errors=True)
 
 
-@pytest.mark.parametrize("name", ["iql", "bc"])
+@pytest.mark.parametrize("name", IN_TURN)
 def test_metadata_of_any_kind(name, small_set):
-    @inputs(75, about | st.lists(about, max_size=3), thorough=1000)
+    @inputs(60, about | st.lists(about, max_size=3))
     def check(changes):
         path = changed_set(small_set) / "metadata.json"
         metadata = json.loads(path.read_text())
@@ -305,9 +314,9 @@ def test_metadata_of_any_kind(name, small_set):
     check()
 
 
-@pytest.mark.parametrize("name", ["iql", "bc"])
+@pytest.mark.parametrize("name", IN_TURN)
 def test_arrays_of_any_kind(name, small_set):
-    @inputs(75, st.integers(0, 1), an_array | an_element | a_link, st.booleans(), thorough=1000)
+    @inputs(60, st.integers(0, 1), an_array | an_element | a_link, st.booleans())
     def check(number, change, vectors):
         data = changed_set(small_set)
         with h5py.File(data / "main_data.hdf5", "r+") as file:
@@ -348,7 +357,7 @@ def change_array(file: h5py.File, episode: str, change: tuple) -> None:
 
 
 def test_files_that_are_cut(iql, small_set):
-    @inputs(50, a_cut | a_byte | st.binary(max_size=20))
+    @inputs(30, a_cut | a_byte | st.binary(max_size=20))
     def check(change):
         data = changed_set(small_set)
         if isinstance(change, bytes):
@@ -396,31 +405,30 @@ def changed(content, path, new):
     return content
 
 
-@pytest.fixture(scope="module", params=["iql", "bc"])
-def interrupted(request, tmp_path_factory, toy_store):
+@pytest.fixture(scope="module", params=IN_TURN)
+def interrupted(request, tmp_path_factory, small_set):
     """A script and the folder of its run that ended at update 5 of 6, saved at 3."""
     script, place = load_script(request.param), tmp_path_factory.mktemp("interrupted")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINARI_DATASETS_PATH", str(toy_store))
         patch.chdir(place)
-        crash_at(patch, script, words(**INTERRUPTED), 5)
+        crash_at(patch, script, words(**INTERRUPTED, dataset_id=small_set), 5)
     return script, place / "run"
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, toy_store):
+def finished(tmp_path_factory, small_set):
     """The folder of a whole run."""
     place = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINARI_DATASETS_PATH", str(toy_store))
         patch.chdir(place)
-        assert load_script("iql").main(words(**INTERRUPTED)) == 0
+        assert load_script("iql").main(words(**INTERRUPTED, dataset_id=small_set)) == 0
     return place / "run"
 
 
-def uses(script) -> dict:
+def uses(script, dataset_id: str) -> dict:
     """What is done with a run folder that somebody hands over."""
-    start = words(**{**INTERRUPTED, "num_updates": 4, "run_dir": "more", "checkpoint": "run"})
+    start = {"dataset_id": dataset_id, "num_updates": 4, "run_dir": "more", "checkpoint": "run"}
+    start = words(**{**INTERRUPTED, **start})
     return {
         "resume": (script.main, RESUME, "run"),
         "start": (script.main, start, "more"),
@@ -437,11 +445,14 @@ def used(script, folder: Path, use: str, change) -> int:
     Path("own").mkdir()
     shutil.copytree(folder, "run")
     change()
-    main, argv, own = uses(script)[use]
+    dataset_id = yaml.safe_load((folder / "config.yaml").read_text())["dataset_id"]
+    main, argv, own = uses(script, dataset_id)[use]
     return ends_well(main, argv, own=[own])
 
 
-@pytest.mark.parametrize("use, count", [("resume", 75), ("start", 25), ("evaluate", 50)])
+@pytest.mark.parametrize(
+    "use, count", [("resume", 40), ("start", 10), ("evaluate", 20), ("export", 2)]
+)
 def test_checkpoints_of_any_kind(interrupted, use, count):
     script, folder = interrupted
     content = torch.load(folder / "checkpoint.pt", weights_only=True)
@@ -483,7 +494,7 @@ def change_file(path: Path, new) -> None:
         path.write_bytes(old[: new[0]] + new[1] if isinstance(new, tuple) else new)
 
 
-@pytest.mark.parametrize("use, count", [("resume", 75), ("report", 50), ("evaluate", 25)])
+@pytest.mark.parametrize("use, count", [("resume", 20), ("report", 10), ("evaluate", 10)])
 def test_files_of_a_run_that_are_broken(iql, finished, use, count):
     @inputs(count, st.sampled_from(FOLDER), a_file)
     def check(name, new):
@@ -502,7 +513,7 @@ def test_results_and_rows_of_any_kind(iql, finished, use):
         content[name] = list(map(json.loads, (finished / name).read_text().splitlines()))
     groups = [[p for p in places(content) if len(p) > 1 and p[0] == name] for name in content]
 
-    @inputs(75, st.sampled_from(groups).flatmap(st.sampled_from), value | st.just("absent"))
+    @inputs(15, st.sampled_from(groups).flatmap(st.sampled_from), value | st.just("absent"))
     def check(path, new):
         def change():
             inner = changed(content[path[0]], path[1:], new)
@@ -516,3 +527,100 @@ def test_results_and_rows_of_any_kind(iql, finished, use):
         used(iql, finished, use, change)
 
     check()
+
+
+# ---- nothing that a checkpoint or its folder says runs
+
+ENTRY = TOY_ENV.to_json().replace("Pendulum-v1", "Own-v0").replace(TOY_ENV.entry_point, "evil:Env")
+SHELL = ENTRY.replace("evil:Env", "os:system").replace(
+    '"kwargs": {}', '"kwargs": {"command": "touch ran"}'
+)
+TAG = "!!python/object/apply:os.system [touch ran]"
+CODE = ("evil:Own-v0", "evil", "os:system", "__import__('evil')", TAG, ENTRY, SHELL)
+CODE += (ENTRY.replace("Own-v0", "evil:Own-v0"), "*[evil]", "!!python/module:evil")
+USES = (*3 * ("resume", "start", "evaluate"), "export")
+
+
+class Reduced:
+    """Imports `evil` when it is unpickled."""
+
+    def __reduce__(self):
+        return (__import__, ("evil",))
+
+
+@pytest.fixture
+def evil(tmp_path, monkeypatch):
+    """Fails where the module `evil` was imported, or `touch ran` was run."""
+    Path("evil.py").write_text("open('ran', 'w')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    ran = Path("ran").exists() or "evil" in sys.modules
+    sys.modules.pop("evil", None)
+    assert not ran
+
+
+@pytest.mark.usefixtures("evil")
+def test_code_anywhere_in_a_checkpoint_does_not_run(interrupted):
+    script, folder = interrupted
+    content = torch.load(folder / "checkpoint.pt", weights_only=True)
+    paths = [path for path, leaf in leaves(content) if leaf is None or isinstance(leaf, str)]
+    paths += [("config", "env_kwargs"), ("about",), ("agent", "obs_mean")]
+
+    @inputs(30, st.sampled_from(paths), st.sampled_from(CODE), st.sampled_from(USES))
+    @example(("about", "env_spec"), ENTRY, "evaluate")
+    @example(("about", "eval_env_spec"), SHELL, "evaluate")
+    @example(("about", "env_id"), "evil:Own-v0", "evaluate")
+    @example(("config", "env_id"), "evil:Own-v0", "evaluate")
+    @example(("about", "script"), "evil", "evaluate")
+    @example(("about", "algorithm"), "evil", "export")
+    @example(("about", "label"), Reduced(), "resume")
+    @example(("about", "label"), Reduced(), "start")
+    @example(("about", "label"), Reduced(), "evaluate")
+    @example(("about", "label"), Reduced(), "export")
+    def check(path, code, use):
+        def change():
+            torch.save(changed(content, path, code), "run/checkpoint.pt")
+
+        used(script, folder, use, change)
+        assert sys.modules.pop("evil", None) is None
+
+    check()
+
+
+@pytest.mark.usefixtures("evil")
+def test_code_anywhere_in_a_run_folder_does_not_run(interrupted):
+    """As text and as YAML."""
+    script, folder = interrupted
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    about = json.loads((folder / "environment.json").read_text())
+    texts = [key for key, leaf in config.items() if isinstance(leaf, str | dict)]
+
+    @inputs(20, st.sampled_from(texts), st.sampled_from(CODE), st.booleans(), st.sampled_from(USES))
+    @example("env_kwargs", TAG, True, "resume")
+    def check(key, code, raw, use):
+        assume((key, code) != ("env_id", "evil:Own-v0"))  # the test below
+
+        def change():
+            lines = yaml.safe_dump({**config, key: code}).splitlines()
+            lines = [f"{key}: {code}" if raw and x.startswith(f"{key}:") else x for x in lines]
+            Path("run/config.yaml").write_text("\n".join(lines))
+            planted = {name: code if isinstance(old, str) else old for name, old in about.items()}
+            Path("run/environment.json").write_text(json.dumps(planted))
+
+        used(script, folder, use, change)
+        assert sys.modules.pop("evil", None) is None
+
+    check()
+
+
+@pytest.mark.xfail(strict=True, reason="a config file's module is imported without a word")
+@pytest.mark.usefixtures("evil")
+def test_the_module_of_a_config_file_is_imported_on_the_users_own_word_only(interrupted):
+    script, folder = interrupted
+
+    def change():
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        Path("run/config.yaml").write_text(yaml.safe_dump({**config, "env_id": "evil:Own-v0"}))
+
+    used(script, folder, "resume", change)
+    assert sys.modules.pop("evil", None) is None
