@@ -6,6 +6,7 @@ thousands, other ones each time.
 
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -28,7 +29,7 @@ from conftest import (
     words,
     write_dataset,
 )
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from test_runs import crash_at, leaves, strict
 from test_trust import load_tool
@@ -42,9 +43,14 @@ TINY = {"num_updates": 2, "batch_size": 2, "hidden_dim": 4, "hidden_layers": 1, 
 TINY |= {"eval_episodes": 1, "final_eval_episodes": 1, "log_every": 1, "checkpoint_every": 1}
 
 
+known = pytest.mark.xfail(strict=True, reason="a known fault: unmark it once it is mended")
+
+
 def inputs(count: int, *strategies, thorough: int = 0):
     """Try `count` inputs, or `thorough` ones where it is asked for."""
     options = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+    if not THOROUGH:
+        options["phases"] = (Phase.explicit, Phase.generate)  # to shrink an input may take minutes
     options |= {"max_examples": (thorough or 10 * count) if THOROUGH else count}
     return lambda test: settings(derandomize=not THOROUGH, **options)(given(*strategies)(test))
 
@@ -144,6 +150,21 @@ def test_a_command_line(iql, kind):
             assert ends_well(iql.main, [*argv, *NOWHERE]) == 2
 
     check()
+
+
+ONCE = ("gamma: 0x" + "f" * 4000, "env_kwargs: '!!bool 3'", "env_kwargs: '!!timestamp x'")
+ONCE += ('run_dir: "run/a\\0b"', 'run_dir: "run/\\udcff"')
+
+
+@known
+@pytest.mark.parametrize("line", ONCE, ids=range(len(ONCE)))
+def test_settings_that_once_ended_in_a_traceback(iql, line):
+    Path("some.yaml").write_text(line)
+    argv = ["--config", "some.yaml", *words(**TINY)]
+    if "run_dir" in line:
+        at = argv.index("--run_dir")
+        del argv[at : at + 2]
+    ends_well(iql.main, argv, own=["run"])
 
 
 LARGE = ("seed", "eval_seed", "eval_every", "log_every", "checkpoint_every", "max_envs")  # no sizes
@@ -289,11 +310,11 @@ def put(group, name: str, content) -> None:
         group[name] = content
 
 
-def trains_or_refuses(script, **options) -> None:
+def trains_or_refuses(script, **options) -> int:
     """The changed dataset trains, or is refused."""
     argv = words(**{**TINY, "dataset_id": "set", "num_updates": 1, **options})
     try:
-        ends_well(script.main, [*argv, "--compile", "false"], own=["run"])
+        return ends_well(script.main, [*argv, "--compile", "false"], own=["run"])
     finally:
         shutil.rmtree("run", ignore_errors=True)
 
@@ -354,6 +375,14 @@ def change_array(file: h5py.File, episode: str, change: tuple) -> None:
         with contextlib.suppress(TypeError, ValueError), np.errstate(all="ignore"):
             shape, kind, fill = change[1:]
             put(file, name, np.full(shape, fill).astype(kind))
+
+
+@known
+def test_big_endian_arrays(iql, small_set):
+    data = changed_set(small_set)
+    with h5py.File(data / "main_data.hdf5", "r+") as file:
+        put(file, "episode_0/rewards", np.ones(5, ">f8"))
+    assert trains_or_refuses(iql, env_id="none") == 0
 
 
 def test_files_that_are_cut(iql, small_set):
@@ -451,7 +480,13 @@ def used(script, folder: Path, use: str, change) -> int:
 
 
 @pytest.mark.parametrize(
-    "use, count", [("resume", 40), ("start", 10), ("evaluate", 20), ("export", 2)]
+    "use, count",
+    [
+        pytest.param("resume", 40, marks=known),
+        pytest.param("start", 10, marks=known),
+        ("evaluate", 20),
+        ("export", 2),
+    ],
 )
 def test_checkpoints_of_any_kind(interrupted, use, count):
     script, folder = interrupted
@@ -465,10 +500,59 @@ def test_checkpoints_of_any_kind(interrupted, use, count):
             torch.save(changed(content, path, new), "run/checkpoint.pt")
 
         if used(script, folder, use, change) == 0 and use == "resume":
-            for log in ("metrics", "episodes"):
-                list(map(strict, Path(f"run/{log}.jsonl").read_text().splitlines()))
+            whole_rows()
 
     check()
+
+
+def whole_rows() -> None:
+    """What a run that has ended leaves can be read."""
+    for log in ("metrics", "episodes"):
+        for row in Path(f"run/{log}.jsonl").read_text().splitlines():
+            strict(row)
+
+
+WRONG = [("step", -1), ("step", 7), ("step", 3.5), ("step", "3"), ("seconds", float("nan"))]
+WRONG += [("seconds", {}), ("window", []), ("window", {"value_loss": torch.zeros(2, 4, 1)})]
+WRONG += [("window", {"value_loss": [0.0]}), ("sizes", {}), ("sizes", [1, 2])]
+WRONG += [("sizes", {"metrics": 10**6, "episodes": 10**6}), ("about", {"label": torch.zeros(2)})]
+WRONG = [("resume", *each) for each in WRONG]
+WRONG += [("start", "step", -1), ("start", "step", None), ("start", "step", "3")]
+WRONG += [("evaluate", "about", torch.zeros(2)), ("evaluate", "config", torch.zeros(2))]
+
+
+@known
+@pytest.mark.parametrize("use, name, new", WRONG, ids=range(len(WRONG)))
+def test_a_checkpoint_with_a_wrong_field_is_refused(interrupted, use, name, new):
+    """Some trained on, and ended in a wrong number or in logs that were padded."""
+    script, folder = interrupted
+    content = torch.load(folder / "checkpoint.pt", weights_only=True)
+    if isinstance(new, dict) and name in ("about", "window"):
+        new = {**content[name], **new}
+
+    def change():
+        torch.save({**content, name: new}, "run/checkpoint.pt")
+
+    assert used(script, folder, use, change) == 2
+
+
+@known
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"3", b"\xa6", b'{"last": 3}'])
+def test_a_result_that_cannot_be_read_is_refused(iql, finished, content):
+    change = functools.partial(change_file, Path("run/result.json"), content)
+    assert used(iql, finished, "resume", change) == 2
+
+
+@known
+@pytest.mark.parametrize("log", ["metrics.jsonl", "episodes.jsonl"])
+@pytest.mark.parametrize("size", [None, 0, 9])
+def test_logs_that_lack_what_the_checkpoint_counts_on(interrupted, log, size):
+    script, folder = interrupted
+
+    def change():
+        change_file(Path("run", log), "absent" if size is None else (size, b""))
+
+    assert used(script, folder, "resume", change) == 2
 
 
 FOLDER = ("checkpoint.pt", "config.yaml", "environment.json", "metrics.jsonl", "episodes.jsonl")
@@ -494,11 +578,19 @@ def change_file(path: Path, new) -> None:
         path.write_bytes(old[: new[0]] + new[1] if isinstance(new, tuple) else new)
 
 
-@pytest.mark.parametrize("use, count", [("resume", 20), ("report", 10), ("evaluate", 10)])
+@pytest.mark.parametrize(
+    "use, count", [pytest.param("resume", 20, marks=known), ("report", 10), ("evaluate", 10)]
+)
 def test_files_of_a_run_that_are_broken(iql, finished, use, count):
     @inputs(count, st.sampled_from(FOLDER), a_file)
     def check(name, new):
-        used(iql, finished, use, lambda: change_file(Path("run", name), new))
+        def change():
+            change_file(Path("run", name), new)
+            if use == "resume" and name != "result.json":  # as if interrupted
+                Path("run/result.json").unlink()
+
+        if used(iql, finished, use, change) == 0 and use == "resume":
+            whole_rows()
 
     check()
 
@@ -513,7 +605,11 @@ def test_results_and_rows_of_any_kind(iql, finished, use):
         content[name] = list(map(json.loads, (finished / name).read_text().splitlines()))
     groups = [[p for p in places(content) if len(p) > 1 and p[0] == name] for name in content]
 
-    @inputs(15, st.sampled_from(groups).flatmap(st.sampled_from), value | st.just("absent"))
+    @inputs(
+        15 if use == "resume" else 8,
+        st.sampled_from(groups).flatmap(st.sampled_from),
+        value | st.just("absent"),
+    )
     def check(path, new):
         def change():
             inner = changed(content[path[0]], path[1:], new)
@@ -538,7 +634,7 @@ SHELL = ENTRY.replace("evil:Env", "os:system").replace(
 TAG = "!!python/object/apply:os.system [touch ran]"
 CODE = ("evil:Own-v0", "evil", "os:system", "__import__('evil')", TAG, ENTRY, SHELL)
 CODE += (ENTRY.replace("Own-v0", "evil:Own-v0"), "*[evil]", "!!python/module:evil")
-USES = (*3 * ("resume", "start", "evaluate"), "export")
+USES = ("resume", "start", "evaluate")
 
 
 class Reduced:
@@ -613,7 +709,7 @@ def test_code_anywhere_in_a_run_folder_does_not_run(interrupted):
     check()
 
 
-@pytest.mark.xfail(strict=True, reason="a config file's module is imported without a word")
+@known
 @pytest.mark.usefixtures("evil")
 def test_the_module_of_a_config_file_is_imported_on_the_users_own_word_only(interrupted):
     script, folder = interrupted
