@@ -43,9 +43,6 @@ TINY = {"num_updates": 2, "batch_size": 2, "hidden_dim": 4, "hidden_layers": 1, 
 TINY |= {"eval_episodes": 1, "final_eval_episodes": 1, "log_every": 1, "checkpoint_every": 1}
 
 
-known = pytest.mark.xfail(strict=True, reason="a known fault: unmark it once it is mended")
-
-
 def inputs(count: int, *strategies, thorough: int = 0):
     """Try `count` inputs, or `thorough` ones where it is asked for."""
     options = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
@@ -156,7 +153,6 @@ ONCE = ("gamma: 0x" + "f" * 4000, "env_kwargs: '!!bool 3'", "env_kwargs: '!!time
 ONCE += ('run_dir: "run/a\\0b"', 'run_dir: "run/\\udcff"')
 
 
-@known
 @pytest.mark.parametrize("line", ONCE, ids=range(len(ONCE)))
 def test_settings_that_once_ended_in_a_traceback(iql, line):
     Path("some.yaml").write_text(line)
@@ -377,7 +373,6 @@ def change_array(file: h5py.File, episode: str, change: tuple) -> None:
             put(file, name, np.full(shape, fill).astype(kind))
 
 
-@known
 def test_big_endian_arrays(iql, small_set):
     data = changed_set(small_set)
     with h5py.File(data / "main_data.hdf5", "r+") as file:
@@ -482,8 +477,8 @@ def used(script, folder: Path, use: str, change) -> int:
 @pytest.mark.parametrize(
     "use, count",
     [
-        pytest.param("resume", 40, marks=known),
-        pytest.param("start", 10, marks=known),
+        ("resume", 40),
+        ("start", 10),
         ("evaluate", 20),
         ("export", 2),
     ],
@@ -517,11 +512,11 @@ WRONG += [("seconds", {}), ("window", []), ("window", {"value_loss": torch.zeros
 WRONG += [("window", {"value_loss": [0.0]}), ("sizes", {}), ("sizes", [1, 2])]
 WRONG += [("sizes", {"metrics": 10**6, "episodes": 10**6}), ("about", {"label": torch.zeros(2)})]
 WRONG = [("resume", *each) for each in WRONG]
+WRONG[4] = pytest.param(*WRONG[4], marks=pytest.mark.xfail(strict=True))
 WRONG += [("start", "step", -1), ("start", "step", None), ("start", "step", "3")]
 WRONG += [("evaluate", "about", torch.zeros(2)), ("evaluate", "config", torch.zeros(2))]
 
 
-@known
 @pytest.mark.parametrize("use, name, new", WRONG, ids=range(len(WRONG)))
 def test_a_checkpoint_with_a_wrong_field_is_refused(interrupted, use, name, new):
     """Some trained on, and ended in a wrong number or in logs that were padded."""
@@ -536,14 +531,12 @@ def test_a_checkpoint_with_a_wrong_field_is_refused(interrupted, use, name, new)
     assert used(script, folder, use, change) == 2
 
 
-@known
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"3", b"\xa6", b'{"last": 3}'])
 def test_a_result_that_cannot_be_read_is_refused(iql, finished, content):
     change = functools.partial(change_file, Path("run/result.json"), content)
     assert used(iql, finished, "resume", change) == 2
 
 
-@known
 @pytest.mark.parametrize("log", ["metrics.jsonl", "episodes.jsonl"])
 @pytest.mark.parametrize("size", [None, 0, 9])
 def test_logs_that_lack_what_the_checkpoint_counts_on(interrupted, log, size):
@@ -578,9 +571,7 @@ def change_file(path: Path, new) -> None:
         path.write_bytes(old[: new[0]] + new[1] if isinstance(new, tuple) else new)
 
 
-@pytest.mark.parametrize(
-    "use, count", [pytest.param("resume", 20, marks=known), ("report", 10), ("evaluate", 10)]
-)
+@pytest.mark.parametrize("use, count", [("resume", 20), ("report", 10), ("evaluate", 10)])
 def test_files_of_a_run_that_are_broken(iql, finished, use, count):
     @inputs(count, st.sampled_from(FOLDER), a_file)
     def check(name, new):
@@ -709,7 +700,6 @@ def test_code_anywhere_in_a_run_folder_does_not_run(interrupted):
     check()
 
 
-@known
 @pytest.mark.usefixtures("evil")
 def test_the_module_of_a_config_file_is_imported_on_the_users_own_word_only(interrupted):
     script, folder = interrupted
