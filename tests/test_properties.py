@@ -20,15 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import (
-    SCRIPTS,
-    TOY_ENV,
-    contents,
-    load_script,
-    toy_episode,
-    words,
-    write_dataset,
-)
+from conftest import SCRIPTS, TOY_ENV, contents, load_script, toy_episode, words, write_dataset
 from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from test_runs import crash_at, leaves, strict
