@@ -936,7 +936,7 @@ def read_checkpoint(path) -> dict:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         for name, kind in kinds.items():
             check(isinstance(saved[name], kind), f"{file} is no whole checkpoint: its {name}")
-        json.dumps([saved["config"], saved["about"]])
+        json.dumps([saved[k] for k in ("config", "about", "seconds")], allow_nan=False)
         return {name: saved[name] for name in kinds}
 
 
