@@ -1,6 +1,5 @@
 """Collection: recording, packing, fingerprints, the tiers' rule, mazes, and the bundled sets."""
 
-import importlib.util
 import itertools
 import json
 from collections import Counter
@@ -11,11 +10,9 @@ import minari
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, toy_episodes
+from conftest import REPOSITORY, load_tool, toy_episodes
 
-spec = importlib.util.spec_from_file_location("collect", REPOSITORY / "datasets" / "collect.py")
-collect = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(collect)
+collect = load_tool("datasets/collect.py")
 
 BUNDLED = sorted(path.parents[1] for path in REPOSITORY.glob("datasets/*/*/data/metadata.json"))
 ABOUT = {

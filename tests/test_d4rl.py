@@ -1,7 +1,6 @@
 """datasets/d4rl.py: files in D4RL's layout, made here, from disk and from an unreliable server."""
 
 import http.server
-import importlib.util
 import json
 import socket
 import sys
@@ -16,11 +15,10 @@ import h5py
 import minari
 import numpy as np
 import pytest
+from conftest import load_tool
 
 DATASETS = Path(__file__).resolve().parents[1] / "datasets"
-SPEC = importlib.util.spec_from_file_location("d4rl", DATASETS / "d4rl.py")
-d4rl = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(d4rl)
+d4rl = load_tool("datasets/d4rl.py")
 TASKS = d4rl.read_tasks()
 MAZE_TASKS = [task for task in TASKS.values() if task.suite in ("maze2d", "antmaze")]
 

@@ -3,7 +3,6 @@
 What is planted alters the file itself, for Minari's writer would refuse much of it.
 """
 
-import importlib.util
 import json
 import shutil
 import warnings
@@ -13,16 +12,13 @@ import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
-from conftest import TOY_ENV, contents, load_script, toy_episode, words, write_dataset
+from conftest import TOY_ENV, contents, load_script, load_tool, toy_episode, words, write_dataset
 from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_storage import MinariStorage
 from minari.serialization import serialize_space
 from PIL import Image
 
-PATH = Path(__file__).resolve().parents[1] / "datasets" / "doctor.py"
-SPEC = importlib.util.spec_from_file_location("doctor", PATH)
-doctor = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(doctor)
+doctor = load_tool("datasets/doctor.py")
 EPISODES, STEPS = 24, 40
 
 

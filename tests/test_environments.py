@@ -1,20 +1,17 @@
 """Where policies for D4RL's tasks are evaluated: each of today's environments, and its notes."""
 
 import functools
-import importlib.util
 import re
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import REPOSITORY, plain_agent
+from conftest import load_tool, plain_agent
 
 # Gymnasium's remarks: v4 is out of date, FrankaKitchen's goal is one object in all observations.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-SPEC = importlib.util.spec_from_file_location("d4rl_tasks", REPOSITORY / "datasets" / "d4rl.py")
-d4rl = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(d4rl)
+d4rl = load_tool("datasets/d4rl.py")
 TASKS = d4rl.read_tasks()
 
 

@@ -1,6 +1,5 @@
 """datasets/ogbench.py: files in OGBench's layout, made here; its own package where it is there."""
 
-import importlib.util
 import json
 import shutil
 
@@ -8,11 +7,9 @@ import gymnasium as gym
 import minari
 import numpy as np
 import pytest
-from conftest import REPOSITORY, load_script
+from conftest import load_script, load_tool
 
-SPEC = importlib.util.spec_from_file_location("converter", REPOSITORY / "datasets" / "ogbench.py")
-ogbench = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(ogbench)
+ogbench = load_tool("datasets/ogbench.py")
 TABLE = ogbench.read_table()
 DEFAULTS = [  # of the FQL paper's table
     "antmaze-large-navigate-singletask-task1-v0",

@@ -12,11 +12,9 @@ from pathlib import Path
 import gymnasium as gym
 import pytest
 import torch
-from conftest import REPOSITORY, SCRIPTS, contents, load_script, words
+from conftest import REPOSITORY, SCRIPTS, contents, load_script, load_tool, words
 
-spec = importlib.util.spec_from_file_location("policy", REPOSITORY / "tools" / "policy.py")
-policy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(policy)
+policy = load_tool("tools/policy.py")
 
 SIZES = [{"N": n, "T": t} for n, t in ((1, 1), (2, 3), (7, 2), (1, 20), (5, 20))]
 KINDS = (torch.float64, torch.float16, torch.bfloat16)

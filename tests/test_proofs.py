@@ -1,6 +1,5 @@
 """The behavioural proofs: the command, its helpers at a tiny scale, and what is stored."""
 
-import importlib.util
 import json
 import math
 import os
@@ -9,12 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, TOY, contents, toy_episode
+from conftest import REPOSITORY, TOY, contents, load_tool, toy_episode
 
 FOLDER = REPOSITORY / "benchmarks" / "proofs"
-spec = importlib.util.spec_from_file_location("prove", FOLDER / "prove.py")
-prove = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(prove)
+prove = load_tool("benchmarks/proofs/prove.py")
 
 NAMES = {
     "td3_bc_alpha",

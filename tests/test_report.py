@@ -1,15 +1,12 @@
 """The report: means, spreads, joined seeds, the README's table, errors."""
 
-import importlib.util
 import json
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, load_script, words
+from conftest import load_script, load_tool, words
 
-spec = importlib.util.spec_from_file_location("report", REPOSITORY / "tools" / "report.py")
-report = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(report)
+report = load_tool("tools/report.py")
 
 
 def write_rows(folder, rows):

@@ -1,18 +1,15 @@
 """The speed benchmark: what it counts, its table, its errors."""
 
 import argparse
-import importlib.util
 import json
 import time
 
 import gymnasium as gym
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import load_tool
 
-spec = importlib.util.spec_from_file_location("speed", REPOSITORY / "benchmarks" / "speed.py")
-speed = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(speed)
+speed = load_tool("benchmarks/speed.py")
 
 QUICK = ["--members", "2", "--modes", "eager", "--seconds", "0.02", "--rounds", "2"]
 

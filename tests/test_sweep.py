@@ -1,7 +1,6 @@
 """tools/sweep.py: what is planned, run, tried again, gone on with and told."""
 
 import fcntl
-import importlib.util
 import json
 import os
 import signal
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REPOSITORY, TOY, contents, load_script, words
+from conftest import REPOSITORY, TOY, contents, load_script, load_tool, words
 from test_runs import rows
 
 SMALL = {"dataset_id": TOY, "env_id": "auto", "batch_size": 8, "hidden_dim": 16}
@@ -24,9 +23,7 @@ SMALL |= {"final_eval_episodes": 1, "compile": "false"}
 
 @pytest.fixture
 def sweep():
-    spec = importlib.util.spec_from_file_location("sweep", REPOSITORY / "tools" / "sweep.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("tools/sweep.py")
     yield module
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # main has a handler of its own
 

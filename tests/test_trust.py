@@ -4,7 +4,6 @@ And what users of such tools report: each kind of input ends in the right number
 """
 
 import dataclasses
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -15,19 +14,18 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, TOY, load_script, toy_episode, toy_episodes, words, write_dataset
+from conftest import (
+    TOY,
+    load_script,
+    load_tool,
+    toy_episode,
+    toy_episodes,
+    words,
+    write_dataset,
+)
 from gymnasium.envs.classic_control.pendulum import PendulumEnv
 from gymnasium.envs.registration import EnvSpec
 from test_runs import rows, saved
-
-
-def load_tool(place: str):
-    """A tool's file as a module."""
-    spec = importlib.util.spec_from_file_location(Path(place).stem, REPOSITORY / place)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool
-
 
 EVIL = "import pathlib\npathlib.Path('ran').write_text('x')\n"
 OWN = {"dataset_id": "store/own-v0"}
