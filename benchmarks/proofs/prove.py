@@ -245,7 +245,7 @@ def soft_maximum_is_neared(numbers: dict) -> bool:
     axes=("", "V - f(s); the maximum is 0.5", "linear"),
 )
 def xql_soft_maximum(lab) -> dict:
-    """The bandit, where the soft maximum has a formula; 1 is the end of its actions."""
+    """The bandit, whose rewards are uniform within f(s) +- 0.5: the soft maximum has a formula."""
     width, values = 0.5, {"X-QL": {}, "soft maximum": {}, "IQL": {}}
     small = {"dataset_id": write_bandit(lab, width), "hidden_dim": 32, "num_updates": 1000}
     small |= {"batch_size": 128, "critic_lr": 3e-3, "value_lr": 3e-3, "tau": 0.05}
