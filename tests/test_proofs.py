@@ -158,14 +158,14 @@ def test_criteria_fail_where_the_claim_is_wrong():
     for share, right in (([1.0, 0.0], True), ([0.9, 0.0], False), ([1.0, 0.3], False)):
         both = {name: [v] * 4 for name, v in zip(("BCQ", "TD3"), share, strict=True)}
         assert holds("bcq_support", share_on_the_support=both) is right
-    found = {"BC": (0.0, 0.0), "FQL, alpha 10": (0.9, 0.5), "FQL, alpha 0.1": (0.95, 0.95)}
+    found = {"BC": (0.0, 0.0), "FQL, alpha 100": (0.9, 0.5), "FQL, alpha 0.03": (0.95, 0.95)}
     for name, on, better, right in (
         ("BC", 0.0, 0.0, True),
         ("BC", 0.2, 0.1, False),
-        ("FQL, alpha 10", 0.7, 0.5, False),
-        ("FQL, alpha 10", 0.9, 0.8, False),
-        ("FQL, alpha 10", 0.9, 0.2, False),
-        ("FQL, alpha 0.1", 0.95, 0.8, False),
+        ("FQL, alpha 100", 0.7, 0.5, False),
+        ("FQL, alpha 100", 0.9, 0.8, False),
+        ("FQL, alpha 100", 0.9, 0.2, False),
+        ("FQL, alpha 0.03", 0.95, 0.8, False),
     ):
         shares = {**found, name: (on, better)}
         both = [{key: [pair[i]] * 4 for key, pair in shares.items()} for i in (0, 1)]

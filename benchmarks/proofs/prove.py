@@ -265,42 +265,42 @@ def xql_soft_maximum(lab) -> dict:
 
 def peaks_are_kept(numbers: dict) -> bool:
     on, better = (numbers[f"share on {name} peak"] for name in ("a", "the better"))
-    mixed, chosen = better["FQL, alpha 10"], better["FQL, alpha 0.1"]
-    kept = max(on["BC"]) <= 0.1 and min(on["FQL, alpha 10"]) >= 0.8
+    mixed, chosen = better["FQL, alpha 100"], better["FQL, alpha 0.03"]
+    kept = max(on["BC"]) <= 0.1 and min(on["FQL, alpha 100"]) >= 0.8
     return kept and 0.3 <= min(mixed) and max(mixed) <= 0.7 and min(chosen) >= 0.9
 
 
 def write_peaks(lab) -> str:
-    """One-step episodes, a = +-0.6 + U(-0.1, 0.1); r = 1 where a has the sign of s, else 0."""
+    """One-step episodes, a = +-0.6 + U(-0.1, 0.1), r = 1 - (a - 0.6)^2."""
     rng = np.random.default_rng(0)
     obs = rng.uniform(-1, 1, (2000, 1)).astype(np.float32)
     actions = 0.6 * rng.choice([-1, 1], obs.shape) + rng.uniform(-0.1, 0.1, obs.shape)
-    episodes = [one_step(s, a, np.float32(a * s > 0)) for s, a in zip(obs, actions, strict=True)]
+    episodes = [one_step(s, a, 1 - (a - 0.6) ** 2) for s, a in zip(obs, actions, strict=True)]
     return lab.write_dataset("proofs/peaks-v0", episodes, obs_dim=1, act_dim=1)
 
 
 @proof(
     claim="Where a behaviour has two peaks, FQL keeps to them and takes the better one; BC goes "
     "between.",
-    criterion="In every seed at most 10 % of BC's actions lie on a peak; at alpha 10, near to "
-    "cloning, at least 80 % of FQL's do and 30 to 70 % on the better one; at alpha 0.1 at least "
-    "90 % lie on the better one.",
-    seconds=90,
+    criterion="In every seed at most 10 % of BC's actions lie on a peak; at alpha 100, near to "
+    "cloning, at least 80 % of FQL's do and 30 to 70 % on the better one; at alpha 0.03 at least "
+    "90 % lie on the better one. On a peak is within 0.2 of its centre.",
+    seconds=130,
     holds=peaks_are_kept,
     axes=("", "share of actions", "linear"),
 )
 def fql_peaks(lab) -> dict:
     """A contextual bandit; FQL's actions are those of new noise in each state."""
     small = {"dataset_id": write_peaks(lab), "hidden_dim": 64, "hidden_layers": 2}
-    small |= {"batch_size": 64, "num_updates": 2000, "actor_lr": 1e-3}
+    small |= {"batch_size": 64, "num_updates": 3000, "actor_lr": 1e-3}
     obs = torch.linspace(-1, 1, 1000).unsqueeze(-1).expand(len(SEEDS), -1, -1)
     noise = torch.randn(obs.shape, generator=torch.Generator().manual_seed(0))
     actions = {"BC": lab.train("bc", **small).act(obs)}
-    for alpha in (10, 0.1):
+    for alpha in (100, 0.03):
         run = lab.train("fql", **small, critic_lr=1e-3, alpha=alpha)
         actions[f"FQL, alpha {alpha}"] = run.agent.explore(obs, noise)
-    on = {name: (action.abs() - 0.6).abs() <= 0.15 for name, action in actions.items()}
-    better = {name: on[name] & (action * obs > 0) for name, action in actions.items()}
+    on = {name: (action.abs() - 0.6).abs() <= 0.2 for name, action in actions.items()}
+    better = {name: (action - 0.6).abs() <= 0.2 for name, action in actions.items()}
     shares = {"share on a peak": on, "share on the better peak": better}
     return {
         measure: {name: v.float().mean((-2, -1)).tolist() for name, v in each.items()}
