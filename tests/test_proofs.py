@@ -21,6 +21,7 @@ NAMES = {
     "brac_alpha",
     "awac_temperature",
     "bcq_support",
+    "spot_peaks",
     "cql_pessimism",
     "stitching",
     "dt_targets",
@@ -158,6 +159,14 @@ def test_criteria_fail_where_the_claim_is_wrong():
     for share, right in (([1.0, 0.0], True), ([0.9, 0.0], False), ([1.0, 0.3], False)):
         both = {name: [v] * 4 for name, v in zip(("BCQ", "TD3"), share, strict=True)}
         assert holds("bcq_support", share_on_the_support=both) is right
+    for share, right in (
+        ([0.9, 0.2, 0.7, 0.1], True),
+        ([0.8, 0.2, 0.7, 0.1], False),
+        ([0.9, 0.3, 0.7, 0.1], False),
+        ([0.9, 0.2, 0.1, 0.8], False),
+    ):
+        one_is_off = {str(i): [[1.0, 0.0, 0.0, 0.0][i]] * 3 + [v] for i, v in enumerate(share)}
+        assert holds("spot_peaks", share_on_the_better_peak=one_is_off) is right
     for cql, right in ((1.0, True), (3.0, False)):
         learned = {"CQL": [1.0, cql], "SAC": [9.0, 9.0]}
         true = {"CQL": [2.0, 2.0], "SAC": [2.0, 2.0]}
