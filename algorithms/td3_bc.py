@@ -972,7 +972,8 @@ def build(run: Run, agent_class, online_class) -> None:
         last = cfg.num_updates
         if run.saved and online_class:
             last += cfg.online_steps * cfg.updates_per_step
-        check(0 <= run.step <= last, f"checkpoint: it stands at update {run.step} of {last}")
+        past = f"checkpoint: it stands at update {run.step} of {last}, see num_updates"
+        check(0 <= run.step <= last, past)
         check(first == cfg.seed, f"checkpoint: its first seed is {first}: give --seed {first}")
         check(normal == cfg.normalize_obs, f"checkpoint: its normalize_obs is {normal}: set it so")
     rows = [agent.rows(episode) for episode in episodes]

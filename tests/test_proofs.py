@@ -20,6 +20,7 @@ NAMES = {
     "bcq_support",
     "fql_peaks",
     "edac_diversity",
+    "spot_peaks",
     "cql_pessimism",
     "xql_soft_maximum",
     "stitching",
@@ -179,6 +180,14 @@ def test_criteria_fail_where_the_claim_is_wrong():
             each = {str(n): [factor * n / 10] * 4 for n in (2, 5, 10)}
             few[f"pessimism, {name}"] = each
         assert prove.PROOFS["edac_diversity"].holds(few) is right
+    for share, right in (
+        ([0.9, 0.2, 0.7, 0.1], True),
+        ([0.8, 0.2, 0.7, 0.1], False),
+        ([0.9, 0.3, 0.7, 0.1], False),
+        ([0.9, 0.2, 0.1, 0.8], False),
+    ):
+        one_is_off = {str(i): [[1.0, 0.0, 0.0, 0.0][i]] * 3 + [v] for i, v in enumerate(share)}
+        assert holds("spot_peaks", share_on_the_better_peak=one_is_off) is right
     for cql, right in ((1.0, True), (3.0, False)):
         learned = {"CQL": [1.0, cql], "SAC": [9.0, 9.0]}
         true = {"CQL": [2.0, 2.0], "SAC": [2.0, 2.0]}
