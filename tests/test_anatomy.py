@@ -14,16 +14,16 @@ from conftest import REPOSITORY, SCRIPTS
 FRAME = "# ---- frame: the same in every script ----"
 # Lines of a script, and of the shared blocks that a script with an online phase has.
 # What they hold today, and no more; the aim is 640 for bc.py and 820 for iql.py.
-TOTALS = {"bc": 1036, "bcq": 1145, "brac": 1197, "td3_bc": 1199, "awac": 1232, "rebrac": 1255}
-TOTALS |= {"iql": 1246, "dt": 1241, "cql": 1303, "cal_ql": 1312}
-TOTALS |= {"xql": 1150}
-TOTALS |= {"spot": 1264}
-TOTALS |= {"fql": 1253}
-TOTALS |= {"edac": 1168}
+TOTALS = {"bc": 1037, "bcq": 1146, "brac": 1198, "td3_bc": 1200, "awac": 1233, "rebrac": 1256}
+TOTALS |= {"iql": 1247, "dt": 1242, "cql": 1304, "cal_ql": 1313}
+TOTALS |= {"xql": 1151}
+TOTALS |= {"spot": 1265}
+TOTALS |= {"fql": 1254}
+TOTALS |= {"edac": 1169}
 BLOCKS = ["config", "online_config", "networks", "layer_norm", "squashed_policy"]
 BLOCKS += ["data", "evaluation", "run", "online"]
 OPTIONAL = ["online_config", "layer_norm", "squashed_policy", "online"]
-SHARED_LINES = 1016  # without layer_norm and squashed_policy; the aim is 580
+SHARED_LINES = 1017  # without layer_norm and squashed_policy; the aim is 580
 MEND = "edit one script, then run: python tests/sync_blocks.py algorithms/<that script>.py"
 
 GLOSSARY = set(
