@@ -505,7 +505,6 @@ WRONG += [("window", {"value_loss": [0.0]}), ("sizes", {}), ("sizes", [1, 2])]
 WRONG += [("sizes", {"metrics": 10**6, "episodes": 10**6}), ("about", {"label": torch.zeros(2)})]
 WRONG += [("sizes", {"metrics": 0.0, "episodes": 0.0})]
 WRONG = [("resume", *each) for each in WRONG]
-WRONG[-1] = pytest.param(*WRONG[-1], marks=pytest.mark.xfail(strict=True))
 WRONG += [("start", "step", -1), ("start", "step", None), ("start", "step", "3")]
 WRONG += [("evaluate", "about", torch.zeros(2)), ("evaluate", "config", torch.zeros(2))]
 
