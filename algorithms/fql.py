@@ -793,7 +793,8 @@ class Run:
         apart = f"run_dir {self.folder}: the checkpoint does not fit its logs or seeds, train anew"
         with explained(apart):
             sizes = self.saved["sizes"] if self.saved else dict.fromkeys(self.logs, 0)
-            check(all(sizes[n] in range(log.tell() + 1) for n, log in self.logs.items()), apart)
+            whole = {n: range(log.tell() + 1) for n, log in self.logs.items()}
+            check(all(type(sizes[n]) is int and sizes[n] in whole[n] for n in whole), apart)
             if self.saved:
                 self.about, self.seconds = self.about | self.saved["about"], self.saved["seconds"]
                 device, window = self.agent.obs_mean.device, self.saved["window"]
@@ -801,7 +802,7 @@ class Run:
                 check(right, apart)
                 self.window = {name: [*values.to(device)] for name, values in window.items()}
         for name, file in self.logs.items():
-            file.truncate(int(sizes[name]))
+            file.truncate(sizes[name])
             file.seek(0, os.SEEK_END)  # so that tell() says where it writes
         if not self.saved:
             self.write("config.yaml", yaml.safe_dump(self.config, sort_keys=False).encode())

@@ -14,16 +14,16 @@ from conftest import REPOSITORY, SCRIPTS
 FRAME = "# ---- frame: the same in every script ----"
 # Lines of a script, and of the shared blocks that a script with an online phase has.
 # What they hold today, and no more; the aim is 640 for bc.py and 820 for iql.py.
-TOTALS = {"bc": 1037, "bcq": 1146, "brac": 1198, "td3_bc": 1200, "awac": 1233, "rebrac": 1256}
-TOTALS |= {"iql": 1247, "dt": 1242, "cql": 1304, "cal_ql": 1313}
-TOTALS |= {"xql": 1151}
-TOTALS |= {"spot": 1265}
-TOTALS |= {"fql": 1254}
-TOTALS |= {"edac": 1169}
+TOTALS = {"bc": 1038, "bcq": 1147, "brac": 1199, "td3_bc": 1201, "awac": 1234, "rebrac": 1257}
+TOTALS |= {"iql": 1248, "dt": 1243, "cql": 1305, "cal_ql": 1314}
+TOTALS |= {"xql": 1152}
+TOTALS |= {"spot": 1266}
+TOTALS |= {"fql": 1255}
+TOTALS |= {"edac": 1170}
 BLOCKS = ["config", "online_config", "networks", "layer_norm", "squashed_policy"]
 BLOCKS += ["data", "evaluation", "run", "online"]
 OPTIONAL = ["online_config", "layer_norm", "squashed_policy", "online"]
-SHARED_LINES = 1017  # without layer_norm and squashed_policy; the aim is 580
+SHARED_LINES = 1018  # without layer_norm and squashed_policy; the aim is 580
 MEND = "edit one script, then run: python tests/sync_blocks.py algorithms/<that script>.py"
 
 GLOSSARY = set(
