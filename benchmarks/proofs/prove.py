@@ -691,7 +691,8 @@ def panel(axis, result: dict) -> None:
         axis.plot(at, rows(values).mean(-1), style, color=color, label=measure)
         for x, seeds in zip(at, values.values(), strict=True):
             axis.plot([x] * len(seeds), seeds, ".", color=color, alpha=0.4, markersize=10)
-    axis.set_xticks(range(len(settings)), settings)
+    crowded = len("".join(settings)) > 40
+    axis.set_xticks(range(len(settings)), settings, rotation=30 if crowded else 0)
     verdict = "holds" if result["holds"] else "DOES NOT HOLD"
     axis.set_title("\n".join(textwrap.wrap(result["claim"], 46)) + f"\n{verdict}", fontsize=10)
     axis.set(xlabel=x_label, ylabel=y_label)
