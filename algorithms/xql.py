@@ -27,7 +27,7 @@ Deviations:
 Metrics, means over the batch: `train/value_loss`, `train/critic_loss`, `train/actor_loss`;
 `train/v`, `train/q` the values at the data (a q that never stops growing means divergence);
 `train/advantage` min_i Qbar_i - V; `train/clipped_weights` the share of weights at 100;
-`train/clipped_z` that of z at max_clip (if it stays above 0, beta is too small for the rewards).
+`train/clipped_z` that of z at max_clip, where L_V has no gradient (at 1 V is lost: raise beta).
 
     python algorithms/xql.py --config configs/xql/hopper-medium.yaml
 """

@@ -242,3 +242,9 @@ def test_joined_runs_name_each_commit(tmp_path, capsys):
     row = report.table(report.read_runs(tmp_path)).splitlines()[-1]
     assert "| 4 |" in row and row.endswith("| aaaaaaaa, bbbbbbbb-dirty, unknown |")
     assert not capsys.readouterr().err
+
+
+def test_every_label_of_the_stored_results_has_a_colour_of_its_own():
+    groups = report.read_runs(REPOSITORY / "benchmarks" / "results")
+    labels = {label for rows in groups.values() for label, *_ in rows}
+    assert len(set(report.COLORS)) == len(report.COLORS) >= len(labels)

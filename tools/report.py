@@ -36,7 +36,11 @@ COLORS = (
     "#44AA99",
     "#000000",
     "#BBBBBB",
-)  # Tol, bright, and some more
+    "#332288",
+    "#999933",
+    "#117733",
+    "#DDCC77",
+)  # Tol, bright, and some of muted
 NAMES = {"TD3BC": "TD3+BC", "CalQL": "Cal-QL"}  # of classes that cannot be called as their papers
 DIFFERS = "environment_differs"  # set where D4RL's own environment was not to be had
 # What runs that are joined may differ in.
