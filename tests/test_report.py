@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import load_script, load_tool, words
+from conftest import REPOSITORY, load_script, load_tool, words
 
 report = load_tool("tools/report.py")
 
