@@ -104,6 +104,7 @@ def test_a_file_and_the_words_that_take_its_place(sweep):
         (line(actor_lr="1e-3,3"), "actor_lr"),
         ([*line(), "--seeds", "x"], "--seeds"),
         ([*line(), "alone"], "alone"),
+        (line("--workers", "-1"), "--workers"),
         (["none.yaml"], "none.yaml"),
         (["list.yaml"], "list.yaml"),
         (["kinds.yaml"], "tasks"),
@@ -121,6 +122,17 @@ def test_a_sweep_that_makes_no_sense(sweep, capsys, argv, named):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and named in error
     assert contents() == before
+
+
+@pytest.mark.parametrize("text", ["", "- a", "a: [", "\0"])
+def test_a_finished_run_whose_config_is_broken(sweep, capsys, text):
+    folder = Path("out/bc/hopper-medium/s0")
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text("{}")
+    (folder / "config.yaml").write_text(text)
+    assert sweep.main(line()) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "config.yaml" in error
 
 
 # ---- running

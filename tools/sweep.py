@@ -121,7 +121,7 @@ def make_job(out: str, shown: list, algorithm: str, task: str, case: dict, seed:
     command = [sys.executable, script.__file__, *line, "--resume", "true"]
     job = Job(algorithm, folder, command, config, updates)
     if job.finished:
-        there = yaml.safe_load((folder / "config.yaml").read_bytes())
+        there = read(folder / "config.yaml")
         for name in job.config.keys() - FREE:
             if there.get(name) != job.config[name]:
                 what = f"{name} is {there.get(name)!r} there, not {job.config[name]!r}"
@@ -307,7 +307,9 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--gpus", type=float, default=0, help="of a run on Ray, such as 0.25")
     parser.add_argument("--slurm", nargs="?", const="slurm", help="submit to Slurm")
     args = parser.parse_args(argv)
-    values = read(args.file) if args.file else {}
+    values = read_sweep(args.file) if args.file else {}
+    if args.workers is not None and args.workers < 1:
+        raise SweepError(f"--workers {args.workers}: at least 1 run goes at a time")
     unknown = values.keys() - {"algorithms", "tasks", "seeds", "settings", "out", "slurm"}
     if unknown:
         raise SweepError(f"{args.file}: there is no {min(unknown)}; --help says what there is")
@@ -326,14 +328,19 @@ def parse(argv) -> argparse.Namespace:
 
 
 def read(path: Path) -> dict:
-    """A sweep's file."""
+    """A YAML file of names and values."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise SweepError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    kinds = {"settings": dict, "slurm": dict, "out": str}
     if not isinstance(values, dict):
-        raise SweepError(f"{path} holds no sweep: write lines like 'algorithms: [bc, iql]'")
+        raise SweepError(f"{path} holds no names and values, such as 'algorithms: [bc, iql]'")
+    return values
+
+
+def read_sweep(path: Path) -> dict:
+    """A sweep's file."""
+    values, kinds = read(path), {"settings": dict, "slurm": dict, "out": str}
     for name, value in values.items():
         if not isinstance(value, kinds.get(name, list)):
             kind = {dict: "a mapping", str: "text", list: "a list"}[kinds.get(name, list)]
