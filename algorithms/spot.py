@@ -322,6 +322,8 @@ class Agent(nn.Module):
     """
 
     units = ("obs_mean", "obs_std", "action_center", "action_half_range", "return_range")
+    actions, images = gym.spaces.Box, False  # the space of its actions; whether it sees images
+    wrappers = ()  # specs of wrappers of the evaluation environment
     whole_episodes = False  # whether online steps are learned from once their episode has ended
 
     def __init__(self, cfg, units: dict):
@@ -362,6 +364,15 @@ class Agent(nn.Module):
         rows = {"obs": obs[:-1], "action": self.unit_action(parts["action"]), "next_obs": obs[1:]}
         rows["reward"] = scale * parts["reward"] + self.cfg.reward_shift
         return {**rows, "terminated": parts["terminated"]}
+
+    def table(self, episodes: list) -> dict:
+        """The rows of all episodes, but for steps whose next observation is not known."""
+        rows = [self.rows(episode) for episode in episodes]
+        table = {name: torch.cat([each[name] for each in rows]) for name in rows[0]}
+        known = table.get("next_obs", table["obs"]).isfinite().all(-1)
+        if not known.all():
+            print(f"{int((~known).sum())} steps are left out: what followed them is unknown")
+        return {name: values[known] for name, values in table.items()}
 
     def gather(self, table: dict, rows: Tensor) -> dict:
         """The batch at `rows` [S, B] of the table, by what takes half the time of table[rows]."""
@@ -495,10 +506,10 @@ class SPOT(Agent):
 SCRIPT = Path(__file__).resolve()
 NAMES = {"action": "actions", "obs": "observations", "reward": "rewards"}
 NAMES |= {"terminated": "terminations", "truncated": "truncations"}  # as Minari has them
-PACKAGES = ("gymnasium_robotics", "ogbench")  # whose environments are known where they are there
+PACKAGES = ("gymnasium_robotics", "ogbench", "ale_py", "minatar.gym")  # with environments
 WRAPPERS = ("ClipAction", "ClipReward", "DtypeObservation", "FilterObservation", "TimeLimit")
 WRAPPERS += ("FlattenObservation", "FrameStackObservation", "RescaleAction", "RescaleObservation")
-WRAPPERS += ("ReshapeObservation", "TimeAwareObservation")  # that keep no statistics
+WRAPPERS += ("ReshapeObservation", "TimeAwareObservation", "AtariPreprocessing")  # no statistics
 
 
 def flatten_obs(space: gym.Space, obs) -> np.ndarray:
@@ -513,11 +524,23 @@ def flatten_obs(space: gym.Space, obs) -> np.ndarray:
         one_hot = np.asarray(obs)[..., None] == space.start + np.arange(space.n)
         check(one_hot.any(-1).all(), f"an observation is not one of {space}")
         return 1.0 * one_hot
-    image = space.dtype == np.uint8 and len(space.shape) > 1
-    vector = isinstance(space, (gym.spaces.Box, gym.spaces.MultiBinary)) and not image
-    check(vector, f"observations {space} are {'images' if image else 'not numbers'}, not vectors")
+    vector = isinstance(space, (gym.spaces.Box, gym.spaces.MultiBinary))
+    check(vector, f"observations {space} are not numbers")
     obs = np.asarray(obs)
     return obs.reshape(*obs.shape[: obs.ndim - len(space.shape)], -1)
+
+
+def has_image(space: gym.Space) -> bool:
+    parts = getattr(space, "spaces", ())
+    parts = parts.values() if isinstance(parts, dict) else parts
+    return (space.dtype == np.uint8 and len(space.shape) > 1) or any(map(has_image, parts))
+
+
+def as_box(space: gym.Space) -> gym.Space:
+    """Discrete actions as whole numbers within bounds."""
+    if isinstance(space, gym.spaces.Discrete):
+        return gym.spaces.Box(space.start, space.start + space.n - 1, (), np.int64)
+    return space
 
 
 def find_dataset(cfg) -> Path:
@@ -548,7 +571,7 @@ def find_dataset(cfg) -> Path:
     return find_dataset(cfg)
 
 
-def load_dataset(cfg) -> tuple:
+def load_dataset(cfg, agent_class=Agent) -> tuple:
     """The episodes, the action space and the metadata of a Minari dataset, checked.
 
     An episode is {obs [T + 1, obs_dim], action [T, act_dim], reward, terminated, truncated [T]};
@@ -560,12 +583,15 @@ def load_dataset(cfg) -> tuple:
         spaces = {"observation_space", "action_space"} <= metadata.keys()
         check(spaces, f"{about} cannot be read: it lacks its spaces")  # Minari would run its env
         storage = MinariStorage.read(folder)
-        space, count = storage.action_space, storage.total_episodes
-        check(isinstance(space, gym.spaces.Box), f"{about} has actions {space}, not a Box")
+        seen, space, count = storage.observation_space, storage.action_space, storage.total_episodes
+        kind, sees = agent_class.actions, agent_class.images or not has_image(seen)
+        check(isinstance(space, kind), f"{about} has actions {space}, not a {kind.__name__}")
+        check(sees, f"{about} has images, which {SCRIPT.name} does not take")
         stored = tqdm(storage.get_episodes(range(count)), "reading", count, delay=5, disable=None)
         pairs = enumerate(stored)
         episodes = [read_episode(each, storage, f"{about}, episode {i}") for i, each in pairs]
     check(episodes and episodes[0]["obs"].size, f"{about} has no episodes or no observations")
+    space, shape = as_box(space), seen.shape or episodes[0]["obs"].shape[1:]
     if cfg.action_bounds == "data":
         actions = np.concatenate([episode["action"] for episode in episodes])
         space = gym.spaces.Box(actions.min(0), actions.max(0), dtype=space.dtype)
@@ -579,12 +605,13 @@ def load_dataset(cfg) -> tuple:
     for name, episode in itertools.product(NAMES, episodes):
         digest.update(episode[name].astype("<f4").tobytes())
     more = {"fingerprint": digest.hexdigest()[:16], "longest_episode": max(lengths)}
+    more["frame_shape"] = shape
     return episodes, space, {**metadata, **more}
 
 
 def read_episode(stored: dict, storage, where: str) -> dict:
     """An episode in the types that it is stored in."""
-    space, steps, episode = storage.action_space, len(stored["rewards"]), {}
+    space, steps, episode = as_box(storage.action_space), len(stored["rewards"]), {}
     low, high = space.low.reshape(-1), space.high.reshape(-1)
     raw = {name: np.asarray(stored[key]) for name, key in NAMES.items() if name != "obs"}
     raw["obs"] = flatten_obs(storage.observation_space, stored["observations"])
@@ -611,13 +638,14 @@ def read_episode(stored: dict, storage, where: str) -> dict:
 
 def measure(episodes: list, space: gym.spaces.Box, cfg) -> dict:
     """The agent's units, from the data; 1e-3 guards constant observations, as in TD3+BC's code."""
-    obs = np.concatenate([episode["obs"][:-1] for episode in episodes])
-    mean, std = np.zeros(obs.shape[1]), np.ones(obs.shape[1])
+    steps, obs_dim = sum(len(e["reward"]) for e in episodes), episodes[0]["obs"].shape[1]
+    mean, std = np.zeros(obs_dim), np.ones(obs_dim)
     if cfg.normalize_obs:
+        obs = np.concatenate([episode["obs"][:-1] for episode in episodes])
         mean, std = obs.mean(0, dtype=np.float64), obs.std(0, dtype=np.float64) + 1e-3
     returns = [episode["reward"].sum(dtype=np.float64) for episode in episodes]
     worst, best = min(returns), max(returns)
-    print(f"{len(obs):,} transitions, {len(returns):,} episodes, return {worst:.1f} to {best:.1f}")
+    print(f"{steps:,} transitions, {len(returns):,} episodes, return {worst:.1f} to {best:.1f}")
     equal = worst == best and cfg.reward_by_return_range
     check(not equal, "reward_by_return_range: all returns are equal: set it to false")
     least, most = (f([f(e["reward"]) for e in episodes]) for f in (min, max))
@@ -642,8 +670,8 @@ def find_environment(cfg, metadata: dict, agent: nn.Module) -> tuple:
     with explained(f"env_id {cfg.env_id} does not start, {mend}"):
         with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
             for package in PACKAGES:
-                with contextlib.suppress(ImportError):
-                    importlib.import_module(package)  # it registers its environments
+                with contextlib.suppress(ImportError):  # it registers environments, or if asked
+                    getattr(importlib.import_module(package), "register_envs", dict)()
         module, _, env_id = cfg.env_id.rpartition(":")
         if module:
             importlib.import_module(module)  # the user's own word
@@ -661,6 +689,7 @@ def find_environment(cfg, metadata: dict, agent: nn.Module) -> tuple:
             check(known, f"env_id: the dataset's wrapper {name} is not one of {WRAPPERS}")
             place = f"gymnasium.wrappers:{name}", wrapper["kwargs"] or {}
             spec.additional_wrappers += (gym.envs.registration.WrapperSpec(name, *place),)
+        spec.additional_wrappers += agent.wrappers
         limit = named.get("max_episode_steps") or spec.max_episode_steps
         spec.max_episode_steps = spec.kwargs.pop("max_episode_steps", limit)
         if not spec.max_episode_steps:
@@ -677,8 +706,9 @@ def find_environment(cfg, metadata: dict, agent: nn.Module) -> tuple:
 
 def try_environment(env: gym.Env, agent: nn.Module) -> None:
     """Look at spaces and wrappers, reset and make a step, before the first update."""
-    box, middle = env.action_space, agent.action_center.cpu().numpy()
-    check(isinstance(box, gym.spaces.Box), f"{env.spec.id} has actions {box}, not a Box")
+    box, middle = as_box(env.action_space), agent.action_center.cpu().numpy()
+    same = isinstance(env.action_space, agent.actions)
+    check(same, f"{env.spec.id} has actions {env.action_space}, not a {agent.actions.__name__}")
     sizes, ours = (env_step(env, seed=0)[0].size, box.low.size), (agent.obs_dim, agent.act_dim)
     check(sizes == ours, f"{env.spec.id} has {sizes} observations and actions, the data {ours}")
     env_step(env, middle)
@@ -700,7 +730,7 @@ def env_step(env: gym.Env, action=None, seed: Optional[int] = None) -> tuple:
         if action is None:
             obs, reward, *ends, info = env.reset(seed=seed)[0], 0.0, False, False, {}
         else:
-            space = env.action_space
+            space = as_box(env.action_space)
             action = np.asarray(action, np.float64).reshape(space.shape)
             action = np.rint(action) if space.dtype.kind in "iu" else action
             action = action.clip(space.low, space.high).astype(space.dtype)
@@ -1023,9 +1053,10 @@ def build(run: Run, agent_class, online_class) -> None:
     cfg, cuda = run.cfg, torch.cuda.is_available()
     check(cuda or cfg.device != "cuda", "device: there is no cuda here, use auto or cpu")
     device = torch.device("cuda" if cuda and cfg.device != "cpu" else "cpu")
-    episodes, space, metadata = load_dataset(cfg)
+    episodes, space, metadata = load_dataset(cfg, agent_class)
     episodes = agent_class.select(episodes, cfg)
-    run.agent = agent = agent_class(cfg, measure(episodes, space, cfg)).to(device)
+    units = {**measure(episodes, space, cfg), "frame_shape": metadata["frame_shape"]}
+    run.agent = agent = agent_class(cfg, units).to(device)
     run.spec, run.references = find_environment(cfg, metadata, agent)
     saved = run.saved or (read_checkpoint(cfg.checkpoint) if cfg.checkpoint else None)
     if saved:
@@ -1042,13 +1073,7 @@ def build(run: Run, agent_class, online_class) -> None:
         check(0 <= run.step <= last, past)
         check(first == cfg.seed, f"checkpoint: its first seed is {first}: give --seed {first}")
         check(normal == cfg.normalize_obs, f"checkpoint: its normalize_obs is {normal}: set it so")
-    rows = [agent.rows(episode) for episode in episodes]
-    table = {name: torch.cat([each[name] for each in rows]) for name in rows[0]}
-    if "next_obs" in table:
-        known = table["next_obs"].isfinite().all(-1)
-        if not known.all():
-            print(f"{int((~known).sum())} steps are left out: what followed them is unknown")
-        table = {name: values[known] for name, values in table.items()}
+    table = agent.table(episodes)
     check(len(table["obs"]), f"dataset {cfg.dataset_id} has no step to learn from")
     if online_class and cfg.online_steps:
         check(run.spec, "online_steps: there is nothing to play: set env_id")

@@ -15,11 +15,18 @@ from minari.data_collector import EpisodeBuffer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in (REPOSITORY / "algorithms").glob("*.py"))
-TOY = "toy/pendulum-v0"
+TOY = "toy/pendulum-v0"  # of a store for continuous scripts, and of another for discrete ones
+DISCRETE = [name for name in SCRIPTS if name == "dqn" or name.startswith("discrete_")]
 # Observation 3, action 1 within [-2, 2] (so that scaling shows), episodes of 20 steps.
 TOY_ENV = gym.envs.registration.EnvSpec(
     "Pendulum-v1",
     entry_point="gymnasium.envs.classic_control.pendulum:PendulumEnv",
+    max_episode_steps=20,
+)
+# Observation 4, two actions, for scripts of discrete actions.
+TOY_DISCRETE_ENV = gym.envs.registration.EnvSpec(
+    "CartPole-v1",
+    entry_point="gymnasium.envs.classic_control.cartpole:CartPoleEnv",
     max_episode_steps=20,
 )
 torch.set_num_threads(1)
@@ -63,6 +70,16 @@ def toy_episodes(seed: int = 0) -> list[EpisodeBuffer]:
     return [toy_episode(rng, 30, True), toy_episode(rng, 40, False), toy_episode(rng, 1, True)]
 
 
+def discrete_episodes(seed: int = 0) -> list[EpisodeBuffer]:
+    """The same with CartPole's sizes."""
+    rng, changes = np.random.default_rng(seed), []
+    for steps in (30, 40, 1):
+        obs = rng.normal(size=(steps + 1, 4)).astype(np.float32)
+        changes.append({"observations": obs, "actions": rng.integers(2, size=steps)})
+    ends = zip((30, 40, 1), (True, False, True), changes, strict=True)
+    return [toy_episode(rng, steps, end, **own) for steps, end, own in ends]
+
+
 def write_dataset(store: Path, dataset_id: str, episodes: list[EpisodeBuffer], **options) -> Path:
     """Write episodes into the Minari store `store`; returns the dataset's `data` folder."""
     old = os.environ.get("MINARI_DATASETS_PATH")
@@ -95,10 +112,22 @@ def toy_store(tmp_path_factory) -> Path:
     return store
 
 
+@pytest.fixture(scope="session")
+def discrete_store(tmp_path_factory) -> Path:
+    """Another, whose dataset of the same name has discrete actions."""
+    store = tmp_path_factory.mktemp("discrete")
+    returns = {"ref_min_score": 0.0, "ref_max_score": 20.0}
+    write_dataset(store, TOY, discrete_episodes(), env=TOY_DISCRETE_ENV, **returns)
+    return store
+
+
 @pytest.fixture(autouse=True)
-def own_store(toy_store, tmp_path, monkeypatch):
-    """Every test reads the toy store and writes its runs into a folder of its own."""
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(toy_store))
+def own_store(toy_store, discrete_store, tmp_path, monkeypatch, request):
+    """Every test reads the toy store of its script and writes its runs into its own folder."""
+    callspec = getattr(request.node, "callspec", None)
+    named = {x for x in callspec.params.values() if isinstance(x, str)} if callspec else set()
+    store = discrete_store if named & set(DISCRETE) else toy_store
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(store))
     monkeypatch.chdir(tmp_path)
 
 
