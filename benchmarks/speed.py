@@ -99,7 +99,7 @@ class Training:
         words |= {"device": device, "compile": MODES[mode]}
         words |= {"run_dir": folder / f"{name}-{members}-{mode}", **settings}
         kinds = [c for c in vars(module).values() if isinstance(c, type)]
-        (kind,) = [c for c in kinds if issubclass(c, module.Agent) and c is not module.Agent]
+        (kind,) = [c for c in kinds if issubclass(c, module.Agent) and "update" in vars(c)]
         try:
             cfg = module.parse(module.TrainConfig, arguments(words))
             self.run = module.Run(cfg, kind.__name__)

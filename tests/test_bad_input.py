@@ -503,7 +503,7 @@ def test_unknown_environments(iql, refused):
     refused(iql, words(env_kwargs="{colour: blue}"), "env_id", "colour")
 
 
-@pytest.mark.parametrize("name", ["CartPole-v1", "TwoActions-v0", "Buttons-v0"])
+@pytest.mark.parametrize("name", ["MountainCar-v0", "TwoActions-v0", "Buttons-v0"])
 def test_environments_that_do_not_fit(script, refused, name):
     refused(script, words(env_id=name), name)
 

@@ -12,21 +12,36 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import SCRIPTS, TOY, load_script, toy_episode, toy_episodes, words, write_dataset
+from conftest import (
+    DISCRETE,
+    SCRIPTS,
+    TOY,
+    load_script,
+    toy_episode,
+    toy_episodes,
+    words,
+    write_dataset,
+)
 from test_runs import agent_of, rows, saved
 
 
 def load(script, dataset_id: str = TOY) -> tuple:
     """Episodes, action space, metadata."""
-    return script.load_dataset(script.TrainConfig(dataset_id=dataset_id, download=False))
+    cfg = script.TrainConfig(dataset_id=dataset_id, download=False)
+    return script.load_dataset(cfg, agent_of(script))
+
+
+def made(script, dataset_id: str = TOY, **settings) -> tuple:
+    """A script's agent for a dataset, and the table that it draws from."""
+    (episodes, space, metadata), cfg = load(script, dataset_id), script.TrainConfig(**settings)
+    shape = {"frame_shape": metadata["frame_shape"]}
+    agent = agent_of(script)(cfg, {**script.measure(episodes, space, cfg), **shape})
+    return agent, agent.table(episodes)
 
 
 def table_of(script, dataset_id: str = TOY, **settings) -> dict:
-    """The table that a script's agent draws from, in NumPy."""
-    (episodes, space, _), cfg = load(script, dataset_id), script.TrainConfig(**settings)
-    agent = agent_of(script)(cfg, script.measure(episodes, space, cfg))
-    each = [agent.rows(episode) for episode in episodes]
-    return {name: torch.cat([part[name] for part in each]).numpy() for name in each[0]}
+    """The table in NumPy."""
+    return {name: v.numpy() for name, v in made(script, dataset_id, **settings)[1].items()}
 
 
 # ---- data
@@ -59,11 +74,8 @@ class Watched(dict):
 
 def test_the_table_holds_what_updates_read_and_no_more(script):
     """A row a step, or none where a next action is needed that is not there."""
-    (episodes, space, _), cfg = load(script), script.TrainConfig(hidden_dim=16, batch_size=4)
-    agent, Watched.read = agent_of(script)(cfg, script.measure(episodes, space, cfg)), set()
-    each = [agent.rows(episode) for episode in episodes]
-    table = {name: torch.cat([own[name] for own in each]) for name in each[0]}
-    assert {len(values) for values in table.values()} <= {70, 71}
+    (agent, table), Watched.read = made(script, hidden_dim=16, batch_size=4), set()
+    assert {len(values) for name, values in table.items() if name != "frames"} <= {70, 71}
     for step in (0, 10**6):  # some learn in phases
         batch, noise = next(script.batches(agent, table, step))
         metrics = agent.update(Watched(batch), noise, *agent.variant(step))
@@ -297,11 +309,19 @@ class Ends(gym.Env):
 
     def step(self, action):
         assert not self.over, "stepped after the end"
-        assert action.shape == (1,) and action.dtype == np.float32 and abs(action[0]) <= 2
-        self.time, self.state = self.time + 1, self.state + float(action[0])
+        assert action in self.action_space
+        self.time, self.state = self.time + 1, self.state + float(action.item())
         self.over = self.time == 1 + self.start % 7
         by_time = self.over and self.start % 2 == 1
         return self.look(), self.state + self.start, self.over and not by_time, by_time, {}
+
+
+class DiscreteEnds(Ends):
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (4,), np.float64)
+    action_space = gym.spaces.Discrete(2)
+
+    def look(self):
+        return np.array([*super().look(), 1.0])
 
 
 class Breaks(Ends):
@@ -323,7 +343,7 @@ class Blind(Ends):
         return obs * math.nan, *rest
 
 
-for kind in (Ends, Breaks, Vague, Blind):
+for kind in (Ends, DiscreteEnds, Breaks, Vague, Blind):
     gym.register(f"{kind.__name__}-v0", kind, disable_env_checker=True)
 
 
@@ -343,13 +363,15 @@ def plain_loop(agent, env, eval_seed: int, episodes: int, member: int) -> list[t
         while not over:
             batch = torch.as_tensor(obs, dtype=torch.float32).expand(len(agent.cfg.seeds), 1, -1)
             action = agent.act(batch)[member, 0].numpy()
+            action = action if isinstance(env.action_space, gym.spaces.Box) else action[0]
             obs, reward, terminated, truncated, _ = env.step(action)
             total, length, over = total + reward, length + 1, terminated or truncated
         found.append((total, length))
     return found
 
 
-LOOPS = [(name, 3, "Ends-v0") for name in SCRIPTS if name != "dt"]  # which has its own
+LOOPS = [(name, 3, f"{'Discrete' * (name in DISCRETE)}Ends-v0") for name in SCRIPTS]
+LOOPS = [case for case in LOOPS if case[0] not in ("dt", "discrete_dt")]  # which have their own
 
 
 @pytest.mark.parametrize(
@@ -362,8 +384,9 @@ def test_evaluation_equals_a_plain_loop(name, seeds, env_id):
     Ends.seeds, Ends.alive, Ends.most = (), 0, 0
     given |= {"eval_seed": 123, "final_eval_episodes": 5, "eval_episodes": 0, "hidden_dim": 4}
     given |= {"env_kwargs": "{g: 9.0}"} if env_id == "auto" else {}
+    given |= {"eval_epsilon": 0} if name in DISCRETE else {}
     assert script.main(words(normalize_obs="true", **given)) == 0
-    if env_id == "Ends-v0":
+    if env_id.endswith("Ends-v0"):
         assert {s for s in Ends.seeds if s} == {123, 124, 125, 126, 127}
         assert Ends.most <= 64 + 1 and Ends.alive <= 1  # the one that was looked at
     agent, spec = policy_of(script, "run"), minari.load_dataset(TOY).spec.env_spec

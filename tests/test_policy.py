@@ -12,7 +12,7 @@ from pathlib import Path
 import gymnasium as gym
 import pytest
 import torch
-from conftest import REPOSITORY, SCRIPTS, contents, load_script, load_tool, words
+from conftest import DISCRETE, REPOSITORY, SCRIPTS, contents, load_script, load_tool, words
 
 policy = load_tool("tools/policy.py")
 
@@ -20,6 +20,7 @@ SIZES = [{"N": n, "T": t} for n, t in ((1, 1), (2, 3), (7, 2), (1, 20), (5, 20))
 KINDS = (torch.float64, torch.float16, torch.bfloat16)
 # What acting needs, where it is more than the actor.
 NETWORKS = {"bcq": {"actor", "vae", "critic", "eval_latents"}, "fql": {"actor", "waves"}}
+ACTORS = {"dqn": "critic", "discrete_cql": "critic"}
 # ONNX's reference implementation cannot gather from more than 64 candidates.
 SMALL = {"bcq": {"last_hidden_dim": 16, "vae_hidden_dim": 16, "eval_candidates": 32}}
 SMALL |= {"spot": {"vae_updates": 2, "vae_hidden_dim": 16}}
@@ -57,14 +58,15 @@ def trained(name: str, seeds: int = 2, **settings):
         patch.setattr(script.Run, "save", lambda run: (kept.append(run.agent), save(run)))
         settings = {"env_id": "none", "normalize_obs": "true", **SMALL.get(name, {}), **settings}
         assert script.main(words(run_dir=name, num_seeds=seeds, **settings)) == 0
-    assert not torch.equal(kept[-1].obs_std, torch.ones(3))
+    assert not torch.equal(kept[-1].obs_std, torch.ones(kept[-1].obs_dim))
     return kept[-1]
 
 
 def axes(agent) -> dict:
     """The inputs of an exported policy and their axes."""
     sequence = len(inspect.signature(agent.act).parameters) > 1
-    return SEQUENCE if sequence else {"obs": ("N", 3)}
+    own = SEQUENCE if sequence else {"obs": ("N", 3)}
+    return {**own, "obs": (*own["obs"][:-1], agent.obs_dim)}
 
 
 def inputs(agent, sizes: dict) -> list:
@@ -105,13 +107,14 @@ def inside(file: str) -> bytes:
         return b"".join(archive.read(name) for name in archive.namelist())
 
 
-def test_policies_act_the_same_where_only_torch_is(capfd):
+def test_policies_act_the_same_where_only_torch_is(capfd, monkeypatch, toy_store, discrete_store):
     """All scripts, one fresh process: member 1 of 2, other weights than acting needs left out.
 
     Observations may be floats of any type, such as MuJoCo's float64: they count as float32.
     """
-    cases, expected, actors = {}, {}, {}
+    cases, expected, actors, stores = {}, {}, {}, (toy_store, discrete_store)
     for name in SCRIPTS:
+        monkeypatch.setenv("MINARI_DATASETS_PATH", str(stores[name in DISCRETE]))
         agent = trained(name)
         before = contents(name)
         capfd.readouterr()
@@ -124,8 +127,9 @@ def test_policies_act_the_same_where_only_torch_is(capfd):
         right = [inputs(agent, sizes) for sizes in SIZES] + [floats(case, kind) for kind in KINDS]
         cases[name] = right, wrong(case)
         expected[name] = [actions(agent, case, 1) for case in right]
-        actors[name] = sum(p.numel() for p in agent.actor.parameters()) // 2
-        assert not torch.allclose(actions(agent, case, 0), actions(agent, case, 1))
+        actor = getattr(agent, ACTORS.get(name, "actor"))
+        actors[name] = sum(p.numel() for p in actor.parameters()) // 2
+        assert not torch.equal(*(torch.cat([actions(agent, x, i) for x in right]) for i in (0, 1)))
     Path("empty").mkdir()
     torch.save(cases, "empty/inputs.pt")
     for name in SCRIPTS:
@@ -136,15 +140,18 @@ def test_policies_act_the_same_where_only_torch_is(capfd):
     units = {"obs_mean", "obs_std", "action_center", "action_half_range"}
     for name, (found, state) in torch.load("empty/found.pt").items():
         for ours, theirs in zip(found, expected[name], strict=True):
-            assert ours.dtype == torch.float32 and not ours.requires_grad, name
+            kind = torch.int64 if name in DISCRETE else torch.float32
+            assert ours.dtype == kind and not ours.requires_grad, name
             assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1e-6, name
         owners = {path.split(".")[1] for path in state}
-        more = {"return_range"} if name == "dt" else set()
-        assert owners == NETWORKS.get(name, {"actor"}) | units | more, name
+        more = {"return_range"} if name.endswith("dt") else set()
+        acting = NETWORKS.get(name, {ACTORS.get(name, "actor")})
+        assert owners == acting | units | more, name
         stored = zipfile.ZipFile(f"empty/{name}.pt2").namelist()
         assert sum("/weight_" in path for path in stored) <= len(state), name
         if name not in NETWORKS:
-            weights = sum(x.numel() for path, x in state.items() if ".actor." in path)
+            part = f".{ACTORS.get(name, 'actor')}."
+            weights = sum(x.numel() for path, x in state.items() if part in path)
             assert 0 < weights <= actors[name], name
 
 

@@ -51,7 +51,8 @@ def without(argv: list[str], *names: str) -> list[str]:
 
 
 def agent_of(script) -> type:
-    (agent_class,) = (c for c in vars(script).values() if c in script.Agent.__subclasses__())
+    kinds = (c for c in vars(script).values() if isinstance(c, type))
+    (agent_class,) = (c for c in kinds if issubclass(c, script.Agent) and "update" in vars(c))
     return agent_class
 
 

@@ -38,7 +38,7 @@ AXES["timestep"] = ["T"]
 def load_script(name: str):
     """algorithms/NAME.py as a module."""
     spec = importlib.util.spec_from_file_location(name, ALGORITHMS / f"{name}.py")
-    script = importlib.util.module_from_spec(spec)
+    script = sys.modules[name] = importlib.util.module_from_spec(spec)  # where it finds itself
     spec.loader.exec_module(script)
     return script
 
