@@ -517,6 +517,75 @@ def dt_targets(lab) -> dict:
     return {"achieved return": {t: run.result(n) for t, n in zip(targets, names, strict=True)}}
 
 
+def write_cartpole(lab, name: str, episodes: int, wide: bool) -> str:
+    """Play of a good controller of which a share is random: 5 %, or between none and all of it."""
+    rng, env, played = np.random.default_rng(0), gym.make("CartPole-v1"), []
+    for number in range(episodes):
+        obs, actions, ends = [env.reset(seed=number)[0]], [], [False, False]
+        share = rng.random() if wide else 0.05
+        while not any(ends):
+            push = int(np.dot((0.05, 0.1, 1, 0.5), obs[-1]) > 0)
+            actions.append(int(rng.integers(2)) if rng.random() < share else push)
+            step_obs, _, *ends, _ = env.step(actions[-1])
+            obs.append(step_obs)
+        last = np.arange(len(actions)) == len(actions) - 1
+        flags = {"terminations": last & ends[0], "truncations": last & (not ends[0])}
+        arrays = {"observations": np.array(obs), "actions": np.array(actions)}
+        played.append(EpisodeBuffer(**arrays, rewards=np.ones(len(actions), np.float32), **flags))
+    return lab.write_dataset(f"proofs/{name}-v0", played, obs_dim=4, actions=env.action_space)
+
+
+def constraint_is_needed(numbers: dict) -> bool:
+    returns = numbers["return"]
+    held = returns["discrete CQL"] + returns["discrete BCQ"]
+    return max(returns["DQN"]) <= 100 and min(held) >= 400
+
+
+@proof(
+    claim="On the narrow log of one good policy DQN fails; discrete CQL and discrete BCQ do not.",
+    criterion="In every seed the mean return is at most 100 with DQN and at least 400 of 500 with "
+    "discrete CQL and with discrete BCQ. DQN on a log of play of every quality is shown beside it.",
+    seconds=300,
+    holds=constraint_is_needed,
+    axes=("", "return", "linear"),
+)
+def discrete_narrow(lab) -> dict:
+    """CartPole: 40 episodes of 500 steps with 5 % random actions; play of every quality: 80."""
+    narrow, wide = write_cartpole(lab, "narrow", 40, False), write_cartpole(lab, "wide", 80, True)
+    small = {"env_id": "CartPole-v1", "hidden_dim": 64, "batch_size": 64, "num_updates": 5000}
+    small |= {"eval_every": 10**9, "final_eval_episodes": 20, "eval_epsilon": 0}
+    runs = {
+        "DQN": lab.train("dqn", **small, dataset_id=narrow),
+        "discrete CQL": lab.train("discrete_cql", **small, dataset_id=narrow, quantiles=20),
+        "discrete BCQ": lab.train("discrete_bcq", **small, dataset_id=narrow),
+        "DQN, every quality": lab.train("dqn", **small, dataset_id=wide),
+    }
+    return {"return": {name: run.result("eval/return") for name, run in runs.items()}}
+
+
+def mixtures_are_better(numbers: dict) -> bool:
+    dqn, rem = (np.array(numbers["return"][name]) for name in ("DQN", "REM"))
+    return rem.mean() > dqn.mean() and int((rem > dqn).sum()) >= 3
+
+
+@proof(
+    claim="On a wide log REM finds better policies than DQN.",
+    criterion="REM's mean return over the seeds is above DQN's, and it is in at least three of "
+    "four seeds. QR-DQN is reported as it is.",
+    seconds=900,
+    holds=mixtures_are_better,
+    axes=("", "return", "linear"),
+)
+def rem_wide(lab) -> dict:
+    """CartPole: 200 episodes of play of every quality."""
+    small = {"dataset_id": write_cartpole(lab, "wide", 200, True), "env_id": "CartPole-v1"}
+    small |= {"hidden_dim": 64, "batch_size": 64, "num_updates": 10_000, "eval_epsilon": 0}
+    small |= {"eval_every": 10**9, "final_eval_episodes": 50}
+    heads = {"DQN": {}, "QR-DQN": {"head": "qr_dqn", "heads": 50}, "REM": {"head": "rem"}}
+    runs = {name: lab.train("dqn", **small, **own) for name, own in heads.items()}
+    return {"return": {name: run.result("eval/return") for name, run in runs.items()}}
+
+
 # ---- helpers: what proofs are made of ----
 
 
@@ -536,9 +605,8 @@ class Trained:
     def __init__(self, module, folder: Path):
         self.folder, saved = folder, module.read_checkpoint(folder)
         self.cfg, kind = module.TrainConfig(**saved["config"]), saved["about"]["algorithm"]
-        self.agent = vars(module)[kind](
-            self.cfg, {n: saved["agent"][n] for n in module.Agent.units}
-        )
+        units = {name: saved["agent"][name] for name in vars(module)[kind].units}
+        self.agent = vars(module)[kind](self.cfg, units)
         self.agent.load_state_dict(saved["agent"])
 
     def act(self, obs: torch.Tensor) -> torch.Tensor:
@@ -596,16 +664,12 @@ class Lab:
         obs = torch.as_tensor(obs[np.linspace(0, len(obs) - 1, 2000).astype(int)])
         return obs.expand(len(SEEDS), -1, -1)
 
-    def write_dataset(self, dataset_id: str, episodes: list, obs_dim: int, act_dim: int) -> str:
-        """Write episodes with actions in [-1, 1] to the temporary store; returns the id."""
-        boxes = [
-            gym.spaces.Box(-bound, bound, (dim,), np.float32)
-            for bound, dim in ((np.inf, obs_dim), (1, act_dim))
-        ]
+    def write_dataset(self, dataset_id: str, episodes, obs_dim, act_dim=1, actions=None) -> str:
+        """Write episodes to the temporary store; returns the id. Else actions are in [-1, 1]."""
+        spaces = {"observation_space": gym.spaces.Box(-np.inf, np.inf, (obs_dim,), np.float32)}
+        spaces["action_space"] = actions or gym.spaces.Box(-1, 1, (act_dim,), np.float32)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Minari advises on optional metadata
-            names = ("observation_space", "action_space")
-            spaces = dict(zip(names, boxes, strict=True))
             minari.create_dataset_from_buffers(dataset_id, episodes, **spaces)
         return dataset_id
 
