@@ -189,7 +189,7 @@ def download(url: str, path: Path, look, command: str, pauses=PAUSES, timeout=TI
     brought nothing new it waits the next of `pauses` (seconds). D4RL's server refuses at times
     (403), so refusals are tried again too, but not a missing file, nor anything where its name is
     unknown (no network). Then, and once the pauses are used up, it raises D4RLError with the file
-    to fetch by hand, which `command --file` takes.
+    to fetch by hand and the command that takes it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -214,8 +214,7 @@ def download(url: str, path: Path, look, command: str, pauses=PAUSES, timeout=TI
             reason = str(error) or type(error).__name__
         if pause is None:
             raise D4RLError(
-                f"cannot download {path.name} ({reason}): fetch {url} by hand, then run "
-                f"{command} --file {path.name}"
+                f"cannot download {path.name} ({reason}): fetch {url} by hand, then run {command}"
             )
         print(f"{path.name}: {reason}; again in {pause} s", file=sys.stderr, flush=True)
         time.sleep(pause)
@@ -720,8 +719,8 @@ def run(task: Task, args: argparse.Namespace, pauses: Iterable[float], timeout: 
         url = task.url.replace(URL_BASE, args.url_base.rstrip("/"))
         path = args.file or args.cache.expanduser() / Path(url).name
         if not args.file and not path.exists():
-            look, command = lambda part: open_source(part, task), f"{COMMAND} {task.task}"
-            download(url, path, look, command, pauses, timeout)
+            command = f"{COMMAND} {task.task} --file {path.name}"
+            download(url, path, lambda part: open_source(part, task), command, pauses, timeout)
         report(task, convert(task, path))
         return 0
     except (D4RLError, OSError) as error:
