@@ -545,7 +545,7 @@ def write(
     space = observation_space or gym.spaces.Box(box.low, box.high, dtype=np.float32)
     with d4rl.replacing(target) as folder:
         spaces = {"observation_space": space, "action_space": env.action_space}
-        storage = MinariStorage.new(folder, **spaces, env_spec=env.spec)
+        storage = MinariStorage.new(folder, **spaces, env_spec=env.spec, jpeg_encoding=False)
         arrays = ({name: getattr(each, name) for name in ARRAYS} for each in episodes)
         bar = d4rl.Progress(f"writing {dataset_id}", "steps")
         d4rl.write_episodes(folder, arrays, bar, total, gzip=9)

@@ -192,6 +192,12 @@ class Stream:
                 done += got
         return out
 
+    def finish(self) -> None:
+        """Read what is left: gzip's checksum comes at the end."""
+        with self.told():
+            while self.file.read(1 << 20):
+                pass
+
     def __enter__(self):
         return self
 
@@ -238,6 +244,8 @@ def read_shard(folder: Path, shard: int, log: Log, counts: Counter) -> Iterator[
         rows = min(fresh, round(log.share * total))
         counts.update({"source_rows": rows, "stale_rows": total - fresh})
         steps = {name: streams[name].read(rows) for name in STEPS}
+        for name in STEPS:
+            streams[name].finish()
         check_steps(steps, streams, log)
         ends = steps["terminal"] != 0
         ends[-1:] = True
@@ -248,6 +256,8 @@ def read_shard(folder: Path, shard: int, log: Log, counts: Counter) -> Iterator[
                 part = {name: values[start:stop] for name, values in steps.items()}
                 yield from cut_episode(streams["observation"], part, counts)
                 start = stop
+        if rows == fresh:  # else the rest may take a minute to read, and nothing of it is used
+            streams["observation"].finish()
 
 
 def check_steps(steps: dict, streams: dict, log: Log) -> None:
@@ -310,6 +320,7 @@ def convert(log: Log, folder: Path) -> dict:
             observation_space=gym.spaces.Box(0, 255, FRAME, np.uint8),
             action_space=gym.spaces.Discrete(log.actions),
             env_spec=log.env_spec,
+            jpeg_encoding=False,  # which would lose what a frame is
         )
         episodes = (each for shard in shards for each in read_shard(folder, shard, log, counts))
         progress = d4rl.Progress(f"converting {log.game}", "steps")
