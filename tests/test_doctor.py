@@ -809,6 +809,11 @@ VERDICTS = {  # what is changed, the exit code of a training script, the doctor'
     "wide space": (about(observation_space=serialize_space(BOX(-WIDE, WIDE, (4,)))), 2, 2),
     "actions without bounds": (about(action_space=serialize_space(BOX(-WIDE, WIDE, (1,)))), 2, 1),
     "discrete actions": (about(action_space=serialize_space(gym.spaces.Discrete(5))), 2, 1),
+    "several discrete actions": (
+        about(action_space=serialize_space(gym.spaces.MultiDiscrete([5]))),
+        2,
+        1,
+    ),
     "images": (about(observation_space=serialize_space(BOX(0, 255, (3, 1), np.uint8))), 2, 2),
     "no environment": (about(env_spec=None), 2, 1),
     "another environment": (about(env_spec=ANOTHER), 2, 1),
@@ -842,7 +847,8 @@ def test_verdicts_of_trainer_and_doctor(patient, harm, training, examination):
     [
         ("large rewards", "rewards too large", "1e+20"),
         ("actions without bounds", "actions without bounds", "Box(-inf, inf, (1,), float32)"),
-        ("discrete actions", "actions that no script takes", "Discrete(5)"),
+        ("discrete actions", "actions outside of the action space", "Discrete(5)"),
+        ("several discrete actions", "actions that no script takes", "MultiDiscrete([5])"),
         ("almost more", "NaN or infinite values", "first episode 3"),
     ],
 )
