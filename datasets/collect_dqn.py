@@ -83,9 +83,12 @@ class Game:
     lr: float = 5e-4
 
 
+# CartPole needs a short memory: what it fails at is rare in a long one of good play, and forgotten
+CARTPOLE = {"steps": 300_000, "warmup": 10_000, "exploration": 150_000, "memory": 10_000}
+CARTPOLE |= {"update_every": 10, "copy_every": 500, "batch_size": 128, "lr": 2.5e-4}
 MINATAR = {"package": "minatar", "limit": 2_500, "steps": 600_000}
 GAMES = {
-    "cartpole": Game("CartPole-v1", steps=300_000),
+    "cartpole": Game("CartPole-v1", **CARTPOLE),
     "lunarlander": Game("LunarLander-v3", "gymnasium[box2d]"),
     "minatar-breakout": Game("MinAtar/Breakout-v1", **MINATAR),
     "minatar-asterix": Game("MinAtar/Asterix-v1", **MINATAR),

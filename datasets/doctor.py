@@ -708,8 +708,15 @@ def check_rewards(data: Data) -> Iterator[Finding]:
 
 
 def check_duplicates(data: Data) -> Iterator[Finding]:
-    """Whole episodes that occur more than once."""
-    if len(repeated := duplicated_episodes(data)):
+    """Whole episodes that occur more than once, longer than what numbered actions may repeat.
+
+    E random episodes of T steps from one start have E^2 / 2 pairs and n^T ways to go.
+    """
+    choices, by_chance = data.actions_known or 1, 0
+    if choices > 1:
+        by_chance = math.log(1000 * len(data.lengths) ** 2, choices)
+    repeated = [each for each in duplicated_episodes(data) if data.lengths[each] > by_chance]
+    if repeated:
         yield Finding(
             "duplicated episodes",
             f"{count(len(repeated), 'episode')} occurred before, first episode "
