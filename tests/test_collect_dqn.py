@@ -14,7 +14,13 @@ dqn = load_tool("datasets/collect_dqn.py")
 doctor = load_tool("datasets/doctor.py")
 BUNDLED = ("cartpole/uniform-10", "cartpole/medium", "minatar-breakout/uniform-10")
 SHORT = dataclasses.replace(
-    dqn.GAMES["cartpole"], warmup=100, exploration=400, memory=150, copy_every=50
+    dqn.GAMES["minatar-asterix"],
+    env_id="CartPole-v1",
+    limit=None,
+    warmup=100,
+    exploration=400,
+    memory=150,
+    copy_every=50,
 )
 
 
