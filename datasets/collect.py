@@ -542,7 +542,9 @@ def write(
     Its arrays are compressed, one chunk each; `about` goes into the metadata.
     """
     box, total = env.observation_space, sum(len(episode.rewards) for episode in episodes)
-    space = observation_space or gym.spaces.Box(box.low, box.high, dtype=np.float32)
+    space = observation_space
+    if space is None:  # float32, as the episodes
+        space = gym.spaces.Box(box.low.astype(np.float32), box.high.astype(np.float32))
     with d4rl.replacing(target) as folder:
         spaces = {"observation_space": space, "action_space": env.action_space}
         storage = MinariStorage.new(folder, **spaces, env_spec=env.spec, jpeg_encoding=False)

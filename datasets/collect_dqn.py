@@ -312,8 +312,9 @@ def read_log(name: str) -> tuple[list[EpisodeBuffer], dict, dict]:
     if not (folder / "data" / "metadata.json").is_file() or not (folder / "policies.pt").is_file():
         raise Problem(f"{folder} has no log: run 'python datasets/collect_dqn.py {name} log' first")
     storage = MinariStorage.read(folder / "data")
-    keys = ("env_id", "algorithm", "seed", "learner_steps", "curve", "medium_step", "best_step")
-    about = {key: storage.metadata[key] for key in (*keys, "ref_min_score", "ref_max_score")}
+    keys = ("env_id", "algorithm", "seed", "learner_steps", "medium_step", "best_step")
+    keys += ("ref_min_score", "ref_max_score")
+    about = {key: storage.metadata[key] for key in keys}
     stored = storage.get_episodes(range(storage.total_episodes))
     episodes = [EpisodeBuffer(**{key: each[key] for key in collect.ARRAYS}) for each in stored]
     return episodes, about, torch.load(folder / "policies.pt", weights_only=True)
@@ -337,7 +338,6 @@ def record_tier(name: str, tier: str, steps: Optional[int], seed: int, out: Opti
         about["epsilon"] = MEDIUM_EPSILON
     elif tier != "log":
         episodes = cut(episodes, tier)
-        about.pop("curve")
     about |= {"tier": tier, "collection_seed": seed, "fingerprint": collect.fingerprint(episodes)}
     about["description"] = (
         f"{name} {tier} in {game.env_id}, {SOURCE}: DQN's learning run of "
