@@ -29,7 +29,6 @@ from policies that SAC found, here the run itself is the data.
 """
 
 import argparse
-import contextlib
 import copy
 import importlib.util
 import itertools
@@ -91,7 +90,7 @@ CARTPOLE |= {"error_clip": 100.0}
 MINATAR = {"package": "minatar", "limit": 2_500, "steps": 600_000}
 GAMES = {
     "cartpole": Game("CartPole-v1", **CARTPOLE),
-    "lunarlander": Game("LunarLander-v3", "gymnasium[box2d]", error_clip=100.0),
+    "lunarlander": Game("LunarLander-v3", "gymnasium[box2d]", steps=300_000, error_clip=100.0),
     "minatar-breakout": Game("MinAtar/Breakout-v1", **MINATAR),
     "minatar-asterix": Game("MinAtar/Asterix-v1", **MINATAR),
     "minatar-space-invaders": Game("MinAtar/SpaceInvaders-v1", **MINATAR),
@@ -179,10 +178,7 @@ class DQN:
 
 
 def make(game: Game) -> gym.Env:
-    """The environment. Raises Problem where its package is not there."""
-    if game.env_id.startswith("MinAtar/") and game.env_id not in gym.registry:
-        with contextlib.suppress(ImportError):
-            importlib.import_module("minatar.gym").register_envs()
+    """The environment; MinAtar registers its own. Raises Problem where its package is missing."""
     try:
         return gym.make(game.env_id, max_episode_steps=game.limit)
     except gym.error.Error as error:

@@ -194,11 +194,6 @@ def test_errors_are_one_line_and_keep_what_is_there(tmp_path, capsys):
 
 def test_a_missing_package_is_named(monkeypatch, capsys):
     """MinAtar is optional; so is Box2D."""
-
-    def absent(name):
-        raise ImportError(name)
-
-    monkeypatch.setattr(dqn.importlib, "import_module", absent)
     monkeypatch.setattr(gym.envs.registration, "registry", {})
     error = check_error(capsys, "minatar-asterix", "log")
     assert "MinAtar/Asterix-v1" in error and "pip install 'minatar'" in error
