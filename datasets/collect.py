@@ -31,14 +31,12 @@ import argparse
 import copy
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import itertools
 import json
 import math
-import os
 import sys
-import tempfile
-import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stderr
@@ -46,15 +44,19 @@ from pathlib import Path
 from typing import Optional
 
 import gymnasium as gym
-import h5py
 import minari
 import numpy as np
 import torch
 from gymnasium.wrappers import FilterObservation, FlattenObservation
 from minari.data_collector import EpisodeBuffer
+from minari.dataset.minari_storage import MinariStorage
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
+
+SPEC = importlib.util.spec_from_file_location("d4rl", Path(__file__).resolve().with_name("d4rl.py"))
+d4rl = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(d4rl)  # for its writer
 
 POLICIES = Path(__file__).resolve().parent / "policies"
 ENVIRONMENTS = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5"}
@@ -90,6 +92,10 @@ TO_G = ([(1, 3)], [(1, 3), (3, 3), (2, 5)], math.inf)
 ACTION_NOISE = 0.5  # standard deviation, as D4RL's
 SPEED = 3.0  # metres, or cells, a second
 VERSION = "v0"
+ARRAYS = ("observations", "actions", "rewards", "terminations", "truncations")
+# what an environment's entry point has in its name: the packages that it needs
+PACKAGES = {"mujoco": ["mujoco"], "robotics": ["mujoco", "gymnasium-robotics"]}
+PACKAGES |= {"box2d": ["box2d"], "minatar": ["MinAtar"]}
 SOURCE = "collected by datasets/collect.py"
 MAZE_EPISODES = 100  # that a maze's reference returns are means over
 EVAL_SEED = 10_000  # evaluation episodes start from seeds that training never uses
@@ -518,59 +524,52 @@ def fingerprint(episodes: list[EpisodeBuffer]) -> str:
     """Of the content alone, as a run's environment.json has it: lengths, then each array."""
     digest = hashlib.sha256(np.array([len(e.rewards) for e in episodes], "<i8").tobytes())
     for name in ("actions", "observations", "rewards", "terminations", "truncations"):
-        digest.update(np.concatenate([getattr(e, name) for e in episodes]).astype("<f4").tobytes())
+        for episode in episodes:
+            digest.update(getattr(episode, name).astype("<f4").tobytes())
     return digest.hexdigest()[:16]
 
 
 def write(
-    episodes: list[EpisodeBuffer], dataset_id: str, target: Path, about: dict, env: gym.Env
+    episodes: list[EpisodeBuffer],
+    dataset_id: str,
+    target: Path,
+    about: dict,
+    env: gym.Env,
+    observation_space: Optional[gym.Space] = None,
 ) -> None:
-    """Write a Minari dataset to the folder `target`: built beside it, then moved."""
-    space = env.observation_space
-    robotics = ["gymnasium-robotics"] if "robotics" in env.spec.entry_point else []
-    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        os.environ["MINARI_DATASETS_PATH"] = temporary
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Minari advises on optional metadata
-            dataset = minari.create_dataset_from_buffers(
-                dataset_id,
-                episodes,
-                env=env,
-                observation_space=gym.spaces.Box(space.low, space.high, dtype=np.float32),
-                algorithm_name=about["algorithm"],
-                author="The Stitch authors",
-                code_permalink="datasets/collect.py",
-                ref_min_score=about["ref_min_score"],
-                ref_max_score=about["ref_max_score"],
-                description=about["description"],
-                requirements=[
-                    f"{p}=={importlib.metadata.version(p)}" for p in ["mujoco", *robotics]
-                ],
-            )
-        folder = Path(temporary, dataset_id)
-        pack(folder / "data" / "main_data.hdf5")
-        dataset.storage.update_metadata({**about, "dataset_size": dataset.storage.get_size()})
-        folder.rename(target)
+    """Write a Minari dataset to the folder `target`: built beside it, then moved.
+
+    Its arrays are compressed, one chunk each; `about` goes into the metadata.
+    """
+    box, total = env.observation_space, sum(len(episode.rewards) for episode in episodes)
+    space = observation_space
+    if space is None:  # float32, as the episodes
+        space = gym.spaces.Box(box.low.astype(np.float32), box.high.astype(np.float32))
+    with d4rl.replacing(target) as folder:
+        spaces = {"observation_space": space, "action_space": env.action_space}
+        storage = MinariStorage.new(folder, **spaces, env_spec=env.spec, jpeg_encoding=False)
+        arrays = ({name: getattr(each, name) for name in ARRAYS} for each in episodes)
+        bar = d4rl.Progress(f"writing {dataset_id}", "steps")
+        d4rl.write_episodes(folder, arrays, bar, total, gzip=9)
+        whole = {
+            "dataset_id": dataset_id,
+            "minari_version": minari.__version__,
+            "total_episodes": len(episodes),
+            "total_steps": total,
+            "author": {"The Stitch authors"},
+            "algorithm_name": about["algorithm"],
+            "num_episodes_average_score": 100,
+            "requirements": requirements(env),
+        }
+        storage.update_metadata({"code_permalink": "datasets/collect.py", **whole, **about})
+        storage.update_metadata({"dataset_size": float(storage.get_size())})  # MB
 
 
-def pack(path: Path) -> None:
-    """Write an HDF5 file again with one compressed chunk an array; Minari's own has neither."""
-    packed = path.with_suffix(".packed")
-    with h5py.File(path) as old, h5py.File(packed, "w", libver="latest") as new:
-        for name, episode in old.items():
-            group = new.create_group(name)
-            group.attrs.update(episode.attrs)
-            for key, array in episode.items():
-                values = array[()]
-                group.create_dataset(
-                    key,
-                    data=values,
-                    chunks=values.shape,
-                    compression="gzip",
-                    compression_opts=9,
-                    shuffle=True,
-                )
-    packed.replace(path)
+def requirements(env: gym.Env) -> list[str]:
+    """The packages that the environment's own code needs, with their versions here."""
+    place = env.spec.entry_point
+    packages = next((PACKAGES[part] for part in PACKAGES if part in place), ["gymnasium"])
+    return [f"{name}=={importlib.metadata.version(name)}" for name in packages]
 
 
 def read_policies(robot: str) -> dict:

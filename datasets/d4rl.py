@@ -189,7 +189,7 @@ def download(url: str, path: Path, look, command: str, pauses=PAUSES, timeout=TI
     brought nothing new it waits the next of `pauses` (seconds). D4RL's server refuses at times
     (403), so refusals are tried again too, but not a missing file, nor anything where its name is
     unknown (no network). Then, and once the pauses are used up, it raises D4RLError with the file
-    to fetch by hand, which `command --file` takes.
+    to fetch by hand and the command that takes it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -214,8 +214,7 @@ def download(url: str, path: Path, look, command: str, pauses=PAUSES, timeout=TI
             reason = str(error) or type(error).__name__
         if pause is None:
             raise D4RLError(
-                f"cannot download {path.name} ({reason}): fetch {url} by hand, then run "
-                f"{command} --file {path.name}"
+                f"cannot download {path.name} ({reason}): fetch {url} by hand, then run {command}"
             )
         print(f"{path.name}: {reason}; again in {pause} s", file=sys.stderr, flush=True)
         time.sleep(pause)
@@ -523,8 +522,10 @@ def replacing(target: Path) -> Iterator[Path]:
             raise
 
 
-def write_episodes(folder: Path, episodes: Iterable[dict], progress: Progress, total: int) -> None:
-    """Write `main_data.hdf5`; `total` steps are to come.
+def write_episodes(
+    folder: Path, episodes: Iterable[dict], progress: Progress, total: int, gzip: int | None = None
+) -> None:
+    """Write `main_data.hdf5`; `total` steps are to come. `gzip` (0 to 9) compresses each array.
 
     Minari's own writer makes arrays that can grow. That takes 2 ms and 15 kB an episode, 100 s and
     700 MB for hopper-random's 45,000 short ones; these have its names and places but a fixed size.
@@ -535,7 +536,8 @@ def write_episodes(folder: Path, episodes: Iterable[dict], progress: Progress, t
             group = out.create_group(f"episode_{number}")
             group.attrs["id"], group.attrs["total_steps"] = number, len(episode["rewards"])
             for key, values in episode.items():
-                group[key] = values
+                how = {} if gzip is None else {"chunks": values.shape, "shuffle": True}
+                group.create_dataset(key, data=values, compression=gzip, **how)
             progress(done := done + len(episode["rewards"]), total)
 
 
@@ -717,8 +719,8 @@ def run(task: Task, args: argparse.Namespace, pauses: Iterable[float], timeout: 
         url = task.url.replace(URL_BASE, args.url_base.rstrip("/"))
         path = args.file or args.cache.expanduser() / Path(url).name
         if not args.file and not path.exists():
-            look, command = lambda part: open_source(part, task), f"{COMMAND} {task.task}"
-            download(url, path, look, command, pauses, timeout)
+            command = f"{COMMAND} {task.task} --file {path.name}"
+            download(url, path, lambda part: open_source(part, task), command, pauses, timeout)
         report(task, convert(task, path))
         return 0
     except (D4RLError, OSError) as error:

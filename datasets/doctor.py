@@ -15,11 +15,13 @@ scripts' own functions find, flatten and judge: what they refuse is never called
 Conventions: an episode of T steps has T + 1 observations, and T actions, rewards and flags. Step t
 leads from observation t to observation t + 1; steps and episodes count from 0. What an episode that
 did not terminate led to may be unknown: its last observation is NaN then. Dict observations are
-joined in the sorted order of their keys.
+joined in the sorted order of their keys. Of images (uint8 or bool, of two dimensions or more) only
+the mean brightness and a number that tells them apart are kept, so memory stays small.
 """
 
 import argparse
 import functools
+import hashlib
 import importlib.util
 import io
 import json
@@ -65,6 +67,7 @@ TIERS = {
 }
 LOCOMOTION = re.compile("hopper|halfcheetah|walker2d", re.IGNORECASE)
 ROWS = {"observation": 14, "action": 6}  # of the table of ranges, before it is summarised
+MOST_ACTIONS = 20  # of which it tells the shares; Atari has 18
 
 
 class DoctorError(Exception):
@@ -83,7 +86,10 @@ class Finding:
 
 @dataclass
 class Data:
-    """N steps of E whole episodes, float32; what else the file holds is in `broken`."""
+    """N steps of E whole episodes, float32; what else the file holds is in `broken`.
+
+    Of images, `obs` has the mean brightness [N + E, 1], from 0 to 1, and `frames` stands for them.
+    """
 
     name: str
     metadata: dict  # Minari's, with its spaces; of any content otherwise
@@ -97,6 +103,19 @@ class Data:
     broken: list  # (episode number, kind of problem, detail) of the episodes left out
     refused: list  # what the training scripts say of the others that they refuse
     env_id: str = "auto"  # the environment to evaluate in, as the training scripts take it
+    frames: np.ndarray | None = None  # [N + E] of images: equal numbers are equal frames
+    pictures: dict | None = None  # of images: some, by what they show
+
+    @cached_property
+    def actions_known(self) -> int | None:
+        """How many actions there are, if they are numbered."""
+        space = self.metadata.get("action_space")
+        return int(space.n) if isinstance(space, gym.spaces.Discrete) else None
+
+    @cached_property
+    def looks(self) -> np.ndarray:
+        """[N + E], a number for every observation; equal ones have equal numbers."""
+        return hash_rows(self.obs) if self.frames is None else self.frames
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -149,6 +168,8 @@ class Data:
         sizes, worst = np.zeros(len(self.rewards)), np.zeros(len(self.rewards), int)
         jumps, inner = np.zeros(len(self.rewards), bool), np.ones(len(self.rewards), bool)
         inner[self.last] = False
+        if self.frames is not None:
+            return sizes, worst, jumps  # a picture may change as it likes
         for column in range(self.obs.shape[1] if inner.sum() >= ENOUGH else 0):
             values = self.obs[:, column]
             change = np.abs(np.diff(values))[self.before]
@@ -164,8 +185,8 @@ class Data:
     @cached_property
     def hashes(self) -> np.ndarray:
         """[N], a number for every (observation, action, reward, next observation)."""
-        rows = hash_rows(self.obs)
-        columns = [rows[self.before], rows[self.before + 1], hash_rows(self.actions)]
+        looks = self.looks
+        columns = [looks[self.before], looks[self.before + 1], hash_rows(self.actions)]
         return hash_rows(np.stack([*columns, hash_rows(self.rewards[:, None])], 1))
 
     @cached_property
@@ -181,7 +202,7 @@ class Data:
         """What the scripts print as they try the environment, and why they refuse it."""
         frame, told, space = trainer(), io.StringIO(), self.metadata["action_space"]
         if not isinstance(space, gym.spaces.Box):
-            return "", ""  # no script here acts in it
+            return "", ""  # it takes a script for such actions
         low, high = space.low.ravel().astype(float), space.high.ravel().astype(float)
         if not space.is_bounded():
             low, high = self.actions.min(0), self.actions.max(0)
@@ -248,20 +269,41 @@ def converter():
     return script("datasets/d4rl.py")
 
 
+def is_image(space: gym.Space) -> bool:
+    box = isinstance(space, gym.spaces.Box)
+    return box and space.dtype in (np.uint8, bool) and len(space.shape) > 1
+
+
+def look_at(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of images [T + 1, ...]: their mean brightness [T + 1, 1], and a number for each [T + 1]."""
+    flat = np.ascontiguousarray(frames).reshape(len(frames), -1)
+    bright = flat.mean(1, dtype=np.float64)[:, None] / (255 if frames.dtype == np.uint8 else 1)
+    digests = (hashlib.blake2b(row, digest_size=8).digest() for row in flat)
+    return bright, np.frombuffer(b"".join(digests), np.uint64)
+
+
 def read_episode(stored: dict, spaces: tuple) -> tuple[dict, tuple]:
     """Minari's episode as the scripts read it, in float32, or what keeps it from being examined.
 
     Returns ({obs [T + 1, obs_dim], action [T, act_dim], the rest [T]}, (kind of problem, detail)),
-    one of them empty.
+    one of them empty. Images have obs and frames as in `Data`.
     """
     frame, (obs_space, action_space), arrays = trainer(), spaces, {}
     steps, act_dim = len(stored["rewards"]), math.prod(action_space.shape)
     shapes = {"obs": (steps + 1, gym.spaces.flatdim(obs_space)), "action": (steps, act_dim)}
     if steps == 0:
         return {}, ("empty episodes", "no step")
+    if images := is_image(obs_space):
+        seen, shapes["obs"] = stored["observations"], (steps + 1, 1)
+        if (seen.dtype, seen.shape[1:]) != (obs_space.dtype, obs_space.shape):
+            detail = f"{seen.dtype} of shape {seen.shape} in place of {plain(obs_space)}"
+            return {}, ("images of another kind", detail)
+        bright, frames = look_at(seen)
     for name, key in frame.NAMES.items():
         values, shape = stored[key], shapes.get(name, (steps,))
-        values = frame.flatten_obs(obs_space, values) if name == "obs" else np.asarray(values)
+        if name == "obs":
+            values = bright if images else frame.flatten_obs(obs_space, values)
+        values = np.asarray(values)
         if len(values) != shape[0] or values.size != math.prod(shape):
             detail = f"{key} of shape {values.shape} where {shape} belongs to its rewards"
             return {}, ("inconsistent lengths", detail)
@@ -273,7 +315,8 @@ def read_episode(stored: dict, spaces: tuple) -> tuple[dict, tuple]:
         if name in ("terminated", "truncated") and not np.isin(values, (0, 1)).all():
             detail = f"{frame.NAMES[name]} hold {values[~np.isin(values, (0, 1))][0]}"
             return {}, ("flags that are neither 0 nor 1", detail)
-    return {name: values.astype(np.float32) for name, values in arrays.items()}, ()
+    arrays = {name: values.astype(np.float32) for name, values in arrays.items()}
+    return {**arrays, "frames": frames} if images else arrays, ()
 
 
 def load(dataset_id: str, env_id: str = "auto") -> Data:
@@ -301,7 +344,7 @@ def read(dataset_id: str, folder: Path, env_id: str) -> Data:
     metadata, obs, action = storage.metadata, storage.observation_space, storage.action_space
     if action.shape is None or not gym.spaces.flatdim(obs) * math.prod(action.shape):
         raise DoctorError(f"no vectors: observations {obs}, actions {action}")
-    episodes, broken, refused = read_episodes(storage, dataset_id)
+    episodes, broken, refused, pictures = read_episodes(storage, dataset_id)
     if not episodes:
         reason = f"episode {broken[0][0]}: {broken[0][2]}" if broken else "it is empty"
         raise DoctorError(f"it has no whole episode ({reason}): collect or convert it again")
@@ -310,11 +353,12 @@ def read(dataset_id: str, folder: Path, env_id: str) -> Data:
     arrays += [joined[name] > 0 for name in ("terminated", "truncated")]
     arrays += [np.cumsum([0, *joined["steps"]]), joined["number"]]
     name = plain(metadata.get("dataset_id") or dataset_id)
-    return Data(name, metadata, *arrays, broken, refused, env_id)
+    return Data(name, metadata, *arrays, broken, refused, env_id, joined.get("frames"), pictures)
 
 
-def read_episodes(storage: MinariStorage, dataset_id: str) -> tuple[list, list, list]:
-    """The whole episodes, and `broken` and `refused` of `Data`."""
+def read_episodes(storage: MinariStorage, dataset_id: str) -> tuple[list, list, list, dict]:
+    """The whole episodes, and `broken`, `refused` and `pictures` of `Data`."""
+    pictures, best = {}, -math.inf
     spaces, total = (storage.observation_space, storage.action_space), storage.total_episodes
     frame, spoken, episodes, broken, refused = trainer(), time.monotonic(), [], [], []
     for number, stored in enumerate(storage.get_episodes(range(total))):
@@ -323,6 +367,13 @@ def read_episodes(storage: MinariStorage, dataset_id: str) -> tuple[list, list, 
             broken.append((number, *problem))
         else:
             episodes.append({"number": [number], "steps": [len(arrays["reward"])], **arrays})
+            if "frames" in arrays:
+                seen, gain = stored["observations"], float(arrays["reward"].sum())
+                pictures.setdefault(f"first frame of episode {number}", seen[0].copy())
+                if gain > best:  # of the best episode, which shows what play can lead to
+                    best, middle = gain, len(seen) // 2
+                    shown = f"episode {number}, frame {middle} (return {gain:,.4g})"
+                    pictures = dict([*pictures.items()][:1]) | {shown: seen[middle].copy()}
             try:
                 if isinstance(spaces[1], gym.spaces.Box):
                     frame.read_episode(stored, storage, f"episode {number}")
@@ -331,7 +382,7 @@ def read_episodes(storage: MinariStorage, dataset_id: str) -> tuple[list, list, 
         if time.monotonic() - spoken > 10:
             spoken = time.monotonic()
             print(f"reading {dataset_id}: {number:,} of {total:,} episodes", file=sys.stderr)
-    return episodes, broken, refused
+    return episodes, broken, refused, pictures
 
 
 # ---- the checks: each yields its findings
@@ -377,8 +428,9 @@ def check_jumps(data: Data) -> Iterator[Finding]:
 def check_timeouts(data: Data) -> Iterator[Finding]:
     """A truncated episode's last observation that is the next episode's first, or unknown."""
     (sizes, _, jumps), ends = data.changes, ~data.terminated[data.last]
-    final = data.obs[data.before[data.last] + 1]
-    following = np.append((final[:-1] == data.obs[data.before[data.starts[1:-1]]]).all(1), False)
+    looks = data.looks
+    final = looks[data.before[data.last] + 1]
+    following = np.append(final[:-1] == looks[data.before[data.starts[1:-1]]], False)
     jumps = ends & (jumps[data.last] | (following & (sizes[data.last] > RESET)))
     if jumps.any():
         yield Finding(
@@ -389,9 +441,9 @@ def check_timeouts(data: Data) -> Iterator[Finding]:
             "episodes",
             "drop these last steps, or convert from a source that has next_observations",
         )
-    still = (final == data.obs[data.before[data.last]]).all(1)
+    still = final == looks[data.before[data.last]]
     # a robot at rest repeats itself anywhere, so the share elsewhere is what to compare with
-    same = (data.obs[1:] == data.obs[:-1]).all(1)[data.before]
+    same = (looks[1:] == looks[:-1])[data.before]
     elsewhere = (same.sum() - still.sum()) / max(1, len(same) - len(still))
     if (still & ends).sum() > 10 * elsewhere * ends.sum():
         yield Finding(
@@ -497,7 +549,9 @@ def check_reward_shift(data: Data) -> Iterator[Finding]:
 
 
 def check_observations(data: Data) -> Iterator[Finding]:
-    """Dimensions that never change, rows of zeros (maze2d, D4RL#65)."""
+    """Dimensions that never change, rows of zeros (maze2d, D4RL#65); images that never do."""
+    if data.frames is not None and len(np.unique(data.frames)) > 1:
+        return  # most images have corners that never change
     constant = np.flatnonzero(data.known.min(0) == data.known.max(0))
     if len(constant):
         yield Finding(
@@ -519,26 +573,35 @@ def check_observations(data: Data) -> Iterator[Finding]:
         )
 
 
+def beyond_bounds(space: gym.Space, actions: np.ndarray) -> np.ndarray:
+    """How far actions [N, act_dim] lie outside of their space, or off its whole numbers."""
+    if isinstance(space, gym.spaces.Discrete):
+        outside = np.maximum(space.start - actions, actions - (space.start + space.n - 1))
+        return np.maximum(outside, np.abs(actions - np.rint(actions)))
+    if isinstance(space, gym.spaces.Box):
+        return np.maximum(space.low.ravel() - actions, actions - space.high.ravel())
+    return np.zeros_like(actions)
+
+
 def check_actions(data: Data) -> Iterator[Finding]:
     """Actions of another space than the scripts take, outside of it, or that never change."""
     space, refused = data.metadata["action_space"], "the training scripts refuse them"
-    if not isinstance(space, gym.spaces.Box):
-        detail, mend = f"they are of {plain(space)}, not a Box", "collect them in a Box"
+    if not isinstance(space, (gym.spaces.Box, gym.spaces.Discrete)):
+        detail, mend = f"they are of {plain(space)}", "collect them in a Box or a Discrete"
         yield Finding("actions that no script takes", detail, refused, mend)
-    elif not space.is_bounded():
+    elif not data.actions_known and not space.is_bounded():
         mend = "train with --action_bounds data (smallest and largest), or store the true bounds"
         yield Finding("actions without bounds", f"they are of {plain(space)}", refused, mend)
-    if isinstance(space, gym.spaces.Box):
-        low, high = space.low.ravel(), space.high.ravel()
-        excess = np.maximum(low - data.actions, data.actions - high)
-        outside = np.flatnonzero((excess > 1e-5 * np.maximum(1, np.abs(data.actions))).any(1))
-        if len(outside):
-            yield Finding(
-                "actions outside of the action space",
-                f"{data.where(outside)}, by up to {excess.max():.3g}",
-                "a policy that is bounded cannot imitate them, and tanh likelihoods become NaN",
-                "clip them, if the environment clipped them too",
-            )
+    excess = beyond_bounds(space, data.actions)
+    outside = np.flatnonzero((excess > 1e-5 * np.maximum(1, np.abs(data.actions))).any(1))
+    if len(outside):
+        effect = "a policy that is bounded cannot imitate them, and tanh likelihoods become NaN"
+        yield Finding(
+            "actions outside of the action space",
+            f"{data.where(outside)}, by up to {excess.max():.3g}; the space is {plain(space)}",
+            f"{refused}: they name no action" if data.actions_known else effect,
+            "clip them, if the environment clipped them too",
+        )
     constant = np.flatnonzero(data.actions.min(0) == data.actions.max(0))
     if len(constant):
         yield Finding(
@@ -582,6 +645,8 @@ def check_references(data: Data) -> Iterator[Finding]:
         detail = f"ref_min_score is {plain(low)}, ref_max_score {plain(high)}"
         effect = "scores are missing, upside down, infinite or NaN, or the evaluation fails"
         yield Finding("references that give no score", detail, effect, mend)
+    elif data.actions_known:
+        return  # a game's scores have no end: a DQN may be worth a hundred of the references
     elif data.scores.mean() < -50 or data.scores.max() > 250:
         best = data.scores.argmax()
         yield Finding(
@@ -629,8 +694,9 @@ def check_rewards(data: Data) -> Iterator[Finding]:
         )
     ends = np.flatnonzero(data.terminated)
     values, counts = np.unique(data.rewards[ends], return_counts=True)
-    # where rewards are dense, every terminal has its own
-    if len(np.unique(data.rewards)) <= 5 and len(values) > 1 and counts.max() >= 0.95 * len(ends):
+    rest = np.unique(data.rewards[~data.terminated])
+    # where there are rewards on the way, too, a terminal has its own, or one by chance
+    if len(rest) <= 1 and len(values) > 1 and counts.max() >= 0.95 * len(ends):
         unlike = ends[data.rewards[ends] != values[counts.argmax()]]
         yield Finding(
             "terminal rewards unlike the rest",
@@ -642,8 +708,15 @@ def check_rewards(data: Data) -> Iterator[Finding]:
 
 
 def check_duplicates(data: Data) -> Iterator[Finding]:
-    """Whole episodes that occur more than once."""
-    if len(repeated := duplicated_episodes(data)):
+    """Whole episodes that occur more than once, longer than what numbered actions may repeat.
+
+    E random episodes of T steps from one start have E^2 / 2 pairs and n^T ways to go.
+    """
+    choices, by_chance = data.actions_known or 1, 0
+    if choices > 1:
+        by_chance = math.log(1000 * len(data.lengths) ** 2, choices)
+    repeated = [each for each in duplicated_episodes(data) if data.lengths[each] > by_chance]
+    if repeated:
         yield Finding(
             "duplicated episodes",
             f"{count(len(repeated), 'episode')} occurred before, first episode "
@@ -702,22 +775,44 @@ def notes(data: Data) -> Iterator[str]:
         low, high = space.low.ravel(), space.high.ravel()
         share = ((data.actions <= low + 1e-6) | (data.actions >= high - 1e-6)).mean()
         yield f"{share:.1%} of the action components are at a bound of their space"
+    if data.actions_known and len(unused := unused_actions(data)):
+        listed = ", ".join(map(str, unused[:10])) + ("" if len(unused) <= 10 else ", ...")
+        yield f"actions that never occur: {listed}"
+    if data.frames is not None and (black := int((data.obs == 0).sum())):
+        yield f"{count(black, 'frame')} of zeros (what followed a terminal may be unknown)"
     if len(data.returns) > 1 and np.ptp(data.returns) == 0 and np.ptp(data.rewards) > 0:
         yield "all episodes have the same return: training that weighs by return learns nothing"
+
+
+def action_counts(data: Data) -> np.ndarray:
+    """How often each of the numbered actions occurs, [n] (of many, those up to the largest)."""
+    numbers = data.actions[:, 0] - data.metadata["action_space"].start
+    known = numbers[(numbers >= 0) & (numbers < data.actions_known)].astype(np.int64)
+    return np.bincount(known, minlength=min(data.actions_known, MOST_ACTIONS))[:MOST_ACTIONS]
+
+
+def unused_actions(data: Data) -> np.ndarray:
+    return np.flatnonzero(action_counts(data) == 0) + data.metadata["action_space"].start
 
 
 def table(data: Data) -> Iterator[str]:
     """The ranges of observations and actions, a line a dimension, long ones summarised."""
     yield f"{'':16}{'min':>12}{'mean':>12}{'max':>12}{'deviation':>12}"
-    for kind, values in (("observation", data.known), ("action", data.actions)):
+    kinds = {"observation" if data.frames is None else "brightness": data.known}
+    kinds |= {} if data.actions_known else {"action": data.actions}
+    for kind, values in kinds.items():
         total, mean = values.shape[1], values.mean(0, dtype=np.float64)
+        rows = ROWS.get(kind, 1)
         columns = (values.min(0), mean, values.max(0), values.std(0, dtype=np.float64))
-        shown = total if total <= ROWS[kind] else ROWS[kind] - 1
+        shown = total if total <= rows else rows - 1
         for i in range(shown):
             yield f"{f'{kind} {i}':16}" + "".join(f"{column[i]:12.4g}" for column in columns)
         if shown < total:
             low, high = columns[0][shown:].min(), columns[2][shown:].max()
             yield f"{kind}s {shown} to {total - 1}: between {low:.4g} and {high:.4g}"
+    if data.actions_known:
+        shares = action_counts(data) / len(data.rewards)
+        yield "action shares " + " ".join(f"{share:.1%}" for share in shares)
 
 
 def page(data: Data) -> str:
@@ -771,9 +866,16 @@ def draw(data: Data, findings: list[Finding], path: Path) -> None:
     lengths.hist(data.lengths, bins=50, range=(0, 1.02 * data.lengths.max()), color="tab:blue")
     lengths.set(title="lengths", xlabel="steps", ylabel="episodes")
     draw_rewards(rewards, data)
-    draw_ranges(obs, data.known, "observations")
-    draw_ranges(actions, data.actions, "actions")
-    draw_changes(changes, data)
+    if data.actions_known:
+        draw_counts(actions, data)
+    else:
+        draw_ranges(actions, data.actions, "actions")
+    if data.pictures:
+        for place, (title, frame) in zip((obs, changes), data.pictures.items(), strict=False):
+            draw_frame(place, frame, title)
+    else:
+        draw_ranges(obs, data.known, "observations")
+        draw_changes(changes, data)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the font lacks letters of a name
         figure.savefig(path, dpi=100)
@@ -817,6 +919,23 @@ def draw_ranges(axes, values: np.ndarray, title: str) -> None:
     axes.margins(y=0.1)
     if title == "observations":  # the same in both, and it would hide bars
         axes.legend()
+
+
+def draw_counts(axes, data: Data) -> None:
+    """How often each of the numbered actions occurs."""
+    counts = action_counts(data)
+    axes.bar(np.arange(len(counts)) + data.metadata["action_space"].start, counts, color="tab:blue")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(title="actions", xlabel="action", ylabel="steps")
+
+
+def draw_frame(axes, frame: np.ndarray, title: str) -> None:
+    """An image: [H, W], or [H, W, 3] of colours; of other channels the last one that is set."""
+    if frame.ndim > 2 and not (frame.dtype == np.uint8 and frame.shape[-1] == 3):
+        planes = frame.reshape(*frame.shape[:2], -1) != 0
+        frame = (planes * np.arange(1, planes.shape[-1] + 1)).max(-1)
+    axes.imshow(frame, cmap="gray" if frame.dtype == np.uint8 else "viridis")
+    axes.set(title=title, xticks=[], yticks=[])
 
 
 def draw_changes(axes, data: Data) -> None:

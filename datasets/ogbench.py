@@ -352,7 +352,8 @@ def run(task: Task, args: argparse.Namespace, pauses: Iterable[float]) -> int:
             return 0
         path = args.file or args.cache.expanduser() / task.file
         if not args.file and not path.exists():
-            url, command = f"{args.url_base.rstrip('/')}/{task.file}", f"{COMMAND} {task.name}"
+            url = f"{args.url_base.rstrip('/')}/{task.file}"
+            command = f"{COMMAND} {task.name} --file {path.name}"
             d4rl.download(url, path, lambda part: open_source(part, task), command, pauses)
         report(task, convert(task, path))
         return 0

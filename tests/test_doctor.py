@@ -5,6 +5,7 @@ What is planted alters the file itself, for Minari's writer would refuse much of
 
 import json
 import shutil
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -809,6 +810,11 @@ VERDICTS = {  # what is changed, the exit code of a training script, the doctor'
     "wide space": (about(observation_space=serialize_space(BOX(-WIDE, WIDE, (4,)))), 2, 2),
     "actions without bounds": (about(action_space=serialize_space(BOX(-WIDE, WIDE, (1,)))), 2, 1),
     "discrete actions": (about(action_space=serialize_space(gym.spaces.Discrete(5))), 2, 1),
+    "several discrete actions": (
+        about(action_space=serialize_space(gym.spaces.MultiDiscrete([5]))),
+        2,
+        1,
+    ),
     "images": (about(observation_space=serialize_space(BOX(0, 255, (3, 1), np.uint8))), 2, 2),
     "no environment": (about(env_spec=None), 2, 1),
     "another environment": (about(env_spec=ANOTHER), 2, 1),
@@ -842,7 +848,8 @@ def test_verdicts_of_trainer_and_doctor(patient, harm, training, examination):
     [
         ("large rewards", "rewards too large", "1e+20"),
         ("actions without bounds", "actions without bounds", "Box(-inf, inf, (1,), float32)"),
-        ("discrete actions", "actions that no script takes", "Discrete(5)"),
+        ("discrete actions", "actions outside of the action space", "Discrete(5)"),
+        ("several discrete actions", "actions that no script takes", "MultiDiscrete([5])"),
         ("almost more", "NaN or infinite values", "first episode 3"),
     ],
 )
@@ -875,3 +882,133 @@ def test_long_tables_are_summarised():
     lines = list(doctor.table(data))
     assert len(lines) <= 1 + sum(doctor.ROWS.values())
     assert any(line.startswith("observations 13 to 59: between") for line in lines)
+
+
+# ---- numbered actions and images
+
+
+ACTIONS = 3
+
+
+def frame_episode(rng, steps: int, terminated: bool) -> EpisodeBuffer:
+    """A dot that drifts over a picture of 84 x 84, grey; rewards now and then."""
+    frames, places = np.zeros((steps + 1, 84, 84), np.uint8), rng.integers(5, 79, 2)
+    for frame in frames:
+        places = (places + rng.integers(-1, 2, 2)).clip(0, 83)
+        frame[tuple(places)], frame[3] = rng.integers(50, 256), 100
+    arrays = {"observations": frames, "actions": rng.integers(0, ACTIONS, steps)}
+    arrays["rewards"] = rng.choice(np.float32([-1, 0, 0, 0, 1]), steps)
+    return toy_episode(rng, steps, terminated, **arrays)
+
+
+def write_frames(folder: Path, episodes: list, space: gym.Space | None = None) -> Patient:
+    """A set of images and numbered actions; it is not said of which environment."""
+    space = space or BOX(0, 255, (84, 84), np.uint8)
+    spaces = {"observation_space": space, "action_space": gym.spaces.Discrete(ACTIONS)}
+    folder.mkdir()
+    storage = MinariStorage.new(folder / "data", **spaces, env_spec=None, jpeg_encoding=False)
+    keys = ("observations", "actions", "rewards", "terminations", "truncations")
+    arrays = ({key: getattr(episode, key) for key in keys} for episode in episodes)
+    tool = doctor.converter()
+    tool.write_episodes(folder / "data", arrays, tool.Progress("toy", "steps"), 0, gzip=1)
+    about = {"dataset_id": "toy/frames-v0", "total_episodes": len(episodes)}
+    about |= {"ref_min_score": 0.0, "ref_max_score": 1.0}  # returns of -10 are -1,000 of these
+    storage.update_metadata({**about, "total_steps": sum(len(e.rewards) for e in episodes)})
+    return Patient(folder / "data")
+
+
+@pytest.fixture
+def frames(tmp_path):
+    rng = np.random.default_rng(0)
+    episodes = [frame_episode(rng, STEPS, terminated=i % 2 == 0) for i in range(6)]
+    for episode in episodes[::2]:
+        episode.observations[-1] = 0  # what followed a terminal, of the replay logs
+    return write_frames(tmp_path / "frames", episodes)
+
+
+def test_images_with_numbered_actions_are_fine(frames):
+    """Blank frames after a terminal, returns beyond the references: neither is a fault."""
+    data = frames.load()
+    assert doctor.diagnose(data) == []
+    assert data.obs.shape == (6 * (STEPS + 1), 1) and data.obs.max() < 1
+    page, shares = doctor.page(data), [f"{share:.1%}" for share in np.bincount(
+        data.actions[:, 0].astype(int)) / len(data.actions)]  # fmt: skip
+    assert "brightness 0" in page and "action shares " + " ".join(shares) in page
+    assert "3 frames of zeros" in frames.notes()
+    assert "seen before  0 steps, 0 whole episodes" in page
+
+
+def test_images_of_bits_are_drawn(tmp_path, monkeypatch):
+    """MinAtar's: [10, 10, C] of bool."""
+    rng = np.random.default_rng(0)
+    episodes = [toy_episode(rng, STEPS, True, observations=rng.random((STEPS + 1, 10, 10, 4)) < 0.1,
+                            actions=rng.integers(0, 2, STEPS)) for _ in range(3)]  # fmt: skip
+    patient = write_frames(tmp_path / "bits", episodes, BOX(0, 1, (10, 10, 4), bool))
+    data = patient.load()
+    assert doctor.diagnose(data) == []
+    assert "actions that never occur: 2" in patient.notes()
+    figures, close = [], doctor.plt.close
+    monkeypatch.setattr(doctor.plt, "close", figures.append)
+    doctor.draw(data, [], Path("bits.png"))
+    titles = [axes.get_title() for axes in figures[0].axes]
+    best = int(data.returns.argmax())
+    assert "actions" in titles and "first frame of episode 0" in titles
+    assert any(title.startswith(f"episode {best}, frame 20") for title in titles)
+    shown = [axes.images[0].get_array() for axes in figures[0].axes if axes.images]
+    expected = (episodes[0].observations[0] * np.arange(1, 5)).max(-1)
+    assert len(shown) == 2 and (shown[0] == expected).all()
+    close(figures[0])
+
+
+def test_memory_does_not_grow_with_the_frames(tmp_path):
+    rng = np.random.default_rng(0)
+    patient = write_frames(tmp_path / "many", [frame_episode(rng, 200, True) for _ in range(12)])
+    patient.load()  # what is imported and cached once
+    tracemalloc.start()
+    patient.load()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3.5 * 200 * 84 * 84 < 12 * 200 * 84 * 84 / 3  # a few episodes' worth of twelve
+
+
+@pytest.mark.parametrize("number", [-1, ACTIONS])
+def test_actions_that_there_are_not(frames, number):
+    frames.edit(3, "actions", 7, number)
+    detail = frames.only("actions outside of the action space")
+    assert "1 step in 1 episode, first in episode 3 at step 7" in detail and "Discrete(3)" in detail
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x.astype(np.float32), lambda x: x[:, :80], lambda x: x[..., None]]
+)
+def test_images_of_another_kind(frames, change):
+    frames.set(2, observations=change(frames.get(2, "observations")))
+    assert "1 episode, first episode 2" in frames.only("images of another kind")
+
+
+def test_images_that_are_one_too_few(frames):
+    frames.set(2, observations=frames.get(2, "observations")[1:])
+    assert "first episode 2" in frames.only("inconsistent lengths")
+
+
+def test_images_that_never_change(frames):
+    for episode in range(6):
+        frames.edit(episode, "observations", np.s_[:], 9)
+    titles = {finding.title for finding in frames.findings()}
+    assert "constant observations" in titles
+
+
+def test_last_image_repeated(frames):
+    for episode in (1, 3, 5):  # the truncated ones
+        frames.edit(episode, "observations", -1, frames.get(episode, "observations")[-2])
+    assert "3 steps in 3 episodes" in frames.only("last observation repeated")
+
+
+def test_episodes_of_numbered_actions_may_repeat_while_short(frames):
+    for steps, findings in ((STEPS, ["duplicated episodes"]), (8, [])):
+        for key in ("observations", "actions", "rewards", "terminations", "truncations"):
+            last = frames.get(0, key)[-steps - (key == "observations") :]
+            for episode in (0, 2):
+                frames.set(episode, **{key: last})
+        frames.describe(total_steps=None)
+        assert [finding.title for finding in frames.findings()] == findings
