@@ -81,14 +81,6 @@ def test_vectors_stay_as_they_are():
     assert net(obs) is obs and net.dim == 15 and not list(net.parameters())
 
 
-@pytest.mark.parametrize(
-    "encoder, shape, word", [("nature", (35, 84), "small"), ("minatar", (4,), "use mlp")]
-)
-def test_frames_that_do_not_fit_are_told(encoder, shape, word):
-    with pytest.raises(load_script("dqn").RunError, match=word):
-        make(encoder, shape)
-
-
 class Replay(gym.Env):
     """Shows recorded frames."""
 
