@@ -11,22 +11,33 @@ from conftest import load_script
 
 OBS, ACT, BATCH, HIDDEN, LAYERS, SEEDS = 5, 3, 12, 7, 2, 3
 LOW, HIGH = [-2.0, -1.0, 0.0], [2.0, 3.0, 0.5]  # bounds of the actions
+NUM_ACTIONS, FIRST = 4, 2  # where actions are numbers: how many, and the environment's first one
 TIGHT = {"rtol": 1e-9, "atol": 1e-12}
 
 
-def make_agent(name: str, agent_class: str, **settings):
+def make_agent(name: str, agent_class: str, bounds=(LOW, HIGH), **settings):
     """An agent in float64 with small networks and a scaler that does something."""
     script, g = load_script(name), torch.Generator().manual_seed(1)
     size = {"hidden_dim": HIDDEN, "hidden_layers": LAYERS, "batch_size": BATCH}
     cfg = script.TrainConfig(**{**size, "num_seeds": SEEDS, "num_updates": 1000, **settings})
-    units = make_units(torch.randn(OBS, generator=g), torch.rand(OBS, generator=g) + 0.5, LOW, HIGH)
+    units = make_units(torch.randn(OBS, generator=g), torch.rand(OBS, generator=g) + 0.5, *bounds)
     return getattr(script, agent_class)(cfg, units).double()
+
+
+def make_discrete(name: str, agent_class: str, **settings):
+    """One whose actions are numbers; its network and its target are loud and differ."""
+    bounds = [float(FIRST)], [FIRST + NUM_ACTIONS - 1.0]
+    agent, g = make_agent(name, agent_class, bounds, **settings), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in (*agent.critic.parameters(), *agent.target_critic.parameters()):
+            p.copy_(0.8 * torch.randn(p.shape, generator=g))
+    return agent
 
 
 def make_units(mean, std, low, high) -> dict:
     """What an agent is told of its data."""
     low, high = torch.as_tensor(low), torch.as_tensor(high)
-    units = {"obs_mean": mean, "obs_std": std, "return_range": [0.0, 1.0]}
+    units = {"obs_mean": mean, "obs_std": std, "return_range": [0.0, 1.0], "frame_shape": [OBS]}
     return {**units, "action_center": (low + high) / 2, "action_half_range": (high - low) / 2}
 
 
@@ -45,6 +56,12 @@ def make_batch(seed: int, dropout: float = 0.0) -> tuple[dict, dict]:
     assert 0 < batch["terminated"].mean() < 1
     kept = torch.rand(SEEDS, LAYERS, BATCH, HIDDEN, generator=g) >= dropout
     return batch, {"kept": kept} if dropout else {}
+
+
+def make_discrete_batch(seed: int) -> dict:
+    g = torch.Generator().manual_seed(seed + 500)
+    action = torch.randint(NUM_ACTIONS, (SEEDS, BATCH), generator=g)
+    return {**make_batch(seed)[0], "action": action}
 
 
 # ---- the plain computation
@@ -66,6 +83,18 @@ def forward(x, network, masks=None):
     return x
 
 
+def huber(u):
+    """Of threshold 1."""
+    return u * u / 2 if abs(u) <= 1 else abs(u) - 0.5
+
+
+def moved(target, network, tau: float) -> None:
+    """target <- (1 - tau) target + tau network."""
+    with torch.no_grad():
+        for old, new in zip(flat(target), flat(network), strict=True):
+            old.copy_((1 - tau) * old + tau * new)
+
+
 def flat(network) -> list[torch.Tensor]:
     return [x for pair in network for x in pair]
 
@@ -79,8 +108,8 @@ def of_member(tensors, k: int) -> list[torch.Tensor]:
 class PlainAdam:
     """Kingma and Ba (arXiv 1412.6980), algorithm 1, with the paper's constants."""
 
-    def __init__(self, parameters, lr: float):
-        self.parameters, self.lr, self.t = parameters, lr, 0
+    def __init__(self, parameters, lr: float, eps: float = 1e-8):
+        self.parameters, self.lr, self.eps, self.t = parameters, lr, eps, 0
         self.m = [torch.zeros_like(p) for p in parameters]
         self.v = [torch.zeros_like(p) for p in parameters]
 
@@ -92,7 +121,7 @@ class PlainAdam:
                 self.m[i] = 0.9 * self.m[i] + 0.1 * g
                 self.v[i] = 0.999 * self.v[i] + 0.001 * g**2
                 m, v = self.m[i] / (1 - 0.9**self.t), self.v[i] / (1 - 0.999**self.t)
-                p -= self.lr * m / (v.sqrt() + 1e-8)
+                p -= self.lr * m / (v.sqrt() + self.eps)
 
 
 def check_weights(mlp, index: int, network, what: str) -> None:
@@ -129,6 +158,15 @@ def updated(agent, batch: dict, noise: dict, *variant) -> dict:
     return metrics
 
 
+def descended(agent, batch: dict, noise: dict) -> torch.Tensor:
+    """The loss [S] that an update would descend, with its graph."""
+    losses = []
+    agent.critic_adam.descend = losses.append
+    agent.update(batch, noise, False)
+    del agent.critic_adam.descend
+    return losses[0]
+
+
 def same_metrics(metrics: dict, expected: dict, k: int) -> None:
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
@@ -160,6 +198,16 @@ def check_act(agent, mlp, obs) -> None:
         seen = (obs[k] - agent.obs_mean) / agent.obs_std
         policy = forward(seen, matrices(mlp, k)).tanh()
         same(action[k], low + (high - low) * (policy + 1) / 2, "action")
+
+
+def check_best(agent, obs, best) -> None:
+    """What `best(k, seen)` says of every observation [B, OBS], in the environment's numbers."""
+    action = agent.act(obs)
+    assert action.shape == (SEEDS, BATCH, 1) and action.dtype == torch.int64
+    for k in range(SEEDS):
+        seen = (obs[k] - agent.obs_mean) / agent.obs_std
+        assert action[k, :, 0].tolist() == [FIRST + int(a) for a in best(k, seen)]
+    assert len(action.unique()) > 1, "it always acts in the same way"
 
 
 def member(batch: dict, k: int) -> dict:

@@ -15,10 +15,22 @@ with (REPOSITORY / "datasets" / "ogbench.csv").open(newline="") as file:
     rows = list(csv.DictReader(file))
 OGBENCH = {f"{row['environment']}-{kind}": row for row in rows for kind in row["data"].split()}
 
-FILES, OGBENCH_FILES = {}, {}  # of whatever folder there is, for D4RL's tasks and for OGBench's
+# Tasks of discrete actions: games of DQN's replay logs, whole or in part, and recorded runs of DQN.
+GAMES = ["asterix", "breakout", "pong", "qbert", "seaquest"]
+SHARES = {"": "", "-1pct": " --share 0.01", "-10pct": " --share 0.1"}  # of dqn_replay.py
+REPLAYS = {f"{game}{part}": f"dqn-replay/{game}/run1{part}-v0" for game in GAMES for part in SHARES}
+RECORDED = {
+    f"{game}-uniform-10": f"datasets/{game}/uniform-10-v0"
+    for game in ("cartpole", "minatar-breakout")
+}
+
+# of whatever folder there is, for D4RL's tasks, for OGBench's and for those of discrete actions
+FILES, OGBENCH_FILES, DISCRETE_FILES = {}, {}, {}
 for path in sorted((REPOSITORY / "configs").glob("*/*.yaml")):
     online = "-online" if path.stem.endswith("-online") else ""  # a folder of its own: iql-online
-    files = OGBENCH_FILES if path.stem.removesuffix("-online") in OGBENCH else FILES
+    task = path.stem.removesuffix("-online")
+    files = DISCRETE_FILES if task in REPLAYS | RECORDED else FILES
+    files = OGBENCH_FILES if task in OGBENCH else files
     files.setdefault(path.parent.name + online, []).append(path)
 # folders with a file for every task
 COMPLETE = ["awac", "bc", "bc_10", "bcq", "brac", "cql", "dt", "iql", "rebrac", "td3_bc"]
@@ -771,5 +783,83 @@ def test_ogbenchs_values_are_the_published_ones(folder):
         config, given = read(path)
         common = (OGBENCH_PUBLISHED | {"fql-online": PUBLISHED["fql-online"][0]})[folder]
         published = common | OGBENCH_PER_TASK[folder].get(task_of(path), {})
+        assert {name: getattr(config, name) for name in published} == published, path
+        assert given.keys() <= published.keys() | TASK_FIELDS, path
+
+
+# ---- tasks of discrete actions
+
+# The REM paper's settings (1907.04543), which QR-DQN and CQL share on the logs; BCQ's are its own.
+ATARI = {"encoder": "nature", "frame_stack": 4, "clip_rewards": True, "eval_epsilon": 0.001}
+ATARI |= {"gamma": 0.99, "batch_size": 32, "hidden_dim": 512, "hidden_layers": 1, "tau": 1.0}
+ATARI |= {"critic_lr": 5e-5, "adam_eps": 0.01 / 32, "num_updates": 200 * 250_000 // 4}
+ATARI |= {"target_every": 8_000 // 4, "eval_every": 250_000, "eval_episodes": 5}
+ATARI |= {"final_eval_episodes": 100, "reward_scale": 1.0, "reward_shift": 0.0}
+ATARI_BCQ = {"critic_lr": 6.25e-5, "adam_eps": 1.5e-4, "target_every": 8_000}
+VECTORS = {"encoder": "mlp", "frame_stack": 1, "clip_rewards": False, "num_updates": 50_000}
+VECTORS |= {"batch_size": 64, "critic_lr": 3e-4, "adam_eps": 1e-8, "gamma": 0.99, "tau": 0.005}
+VECTORS |= {"target_every": 1, "hidden_dim": 256, "hidden_layers": 2, "final_eval_episodes": 100}
+SMALL_IMAGES = {**VECTORS, "encoder": "minatar", "num_updates": 100_000, "batch_size": 32}
+SMALL_IMAGES |= {"hidden_dim": 128, "hidden_layers": 1}
+SETTINGS = {"cartpole-uniform-10": VECTORS, "minatar-breakout-uniform-10": SMALL_IMAGES}
+QUANTILES = {"quantiles": 200, "label": ""}
+OWN = {  # of each folder: on any task, and by the part of the logs
+    "dqn": ({"head": "dqn", "double_q": False, "label": ""}, {}),
+    "qr_dqn": ({"head": "qr_dqn", "heads": 200, "double_q": False, "label": "QR-DQN"}, {}),
+    "rem": ({"head": "rem", "heads": 200, "double_q": False, "label": "REM"}, {}),
+    "discrete_cql": (QUANTILES, {"1pct": {"alpha": 4.0}, "10pct": {"alpha": 1.0}}),
+    "discrete_bcq": (
+        {"threshold": 0.3, "logit_penalty": 0.01, "label": ""},
+        {"1pct": ATARI_BCQ, "10pct": ATARI_BCQ},
+    ),
+}
+WHOLE = ["dqn", "qr_dqn", "rem"]  # also on whole logs
+
+every_discrete_folder = pytest.mark.parametrize("folder", DISCRETE_FILES)
+
+
+@every_discrete_folder
+def test_every_discrete_task_has_a_file(folder):
+    parts = ("", "-1pct", "-10pct") if folder in WHOLE else ("-1pct", "-10pct")
+    tasks = {f"{game}{part}" for game in GAMES for part in parts}
+    assert {path.stem for path in DISCRETE_FILES[folder]} == tasks | RECORDED.keys()
+    assert folder not in FILES.keys() | OGBENCH_FILES.keys() and folder in OWN
+
+
+@every_discrete_folder
+def test_discrete_data_and_environment(folder):
+    """The data name their environment and references; nothing else takes their place."""
+    for path in DISCRETE_FILES[folder]:
+        default, (config, given) = script_of(path).TrainConfig(), read(path)
+        assert config.dataset_id == (REPLAYS | RECORDED)[path.stem], path
+        assert config.env_id == "auto" and config.fallback_dataset_id == "", path
+        assert config.ref_min_score is config.ref_max_score is None, path
+        assert config.download == (path.stem in RECORDED), path
+        assert [k for k in given if getattr(config, k) == getattr(default, k)] == [], path
+
+
+@every_discrete_folder
+def test_discrete_comments_name_the_data_and_the_source(folder):
+    for path in DISCRETE_FILES[folder]:
+        words, lines = comment(path), path.read_text(encoding="utf-8").splitlines()
+        assert "Source: " in words and "arXiv" in words, path
+        assert [line for line in lines if len(line) > 100] == [], path
+        if path.stem in REPLAYS:
+            game, _, part = path.stem.partition("-")
+            share = SHARES[f"-{part}" if part else ""]
+            assert f"#   python datasets/dqn_replay.py {game.title()}{share}" in lines, path
+        else:
+            assert "(datasets/collect_dqn.py). " in words, path
+        published = folder == "discrete_bcq" and "cartpole" in path.stem
+        published = published or (folder != "discrete_bcq" and path.stem in REPLAYS)
+        assert ("untuned" in words) != published, path
+
+
+@every_discrete_folder
+def test_discrete_values_are_the_published_ones(folder):
+    for path in DISCRETE_FILES[folder]:
+        (config, given), (common, per_part) = read(path), OWN[folder]
+        published = {**SETTINGS.get(path.stem, ATARI), **common}
+        published |= per_part.get(path.stem.rpartition("-")[2], {})
         assert {name: getattr(config, name) for name in published} == published, path
         assert given.keys() <= published.keys() | TASK_FIELDS, path

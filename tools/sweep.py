@@ -41,7 +41,8 @@ import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Scripts of those folders of configs/ that are not named as theirs.
-SCRIPTS = {"bc_10": "bc", "sac_n": "edac", "lb_sac": "edac", "xql_c": "xql"}
+SCRIPTS = {"bc_10": "bc", "sac_n": "edac", "lb_sac": "edac", "xql_c": "xql", "qr_dqn": "dqn"}
+SCRIPTS |= {"rem": "dqn"}
 # Settings that a finished run may have otherwise: its data was not to be had, or nothing depends.
 FREE = ("dataset_id", "fallback_dataset_id", "download", "env_id", "env_kwargs", "ref_min_score")
 FREE += ("ref_max_score", "run_dir", "resume", "checkpoint", "wandb", "wandb_project")
