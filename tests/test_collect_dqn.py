@@ -188,12 +188,18 @@ def test_errors_are_one_line_and_keep_what_is_there(tmp_path, capsys):
     (tmp_path / "old").mkdir()
     assert "exists" in check_error(capsys, "cartpole", "log", "--out", tmp_path / "old")
     assert "--steps 1" in check_error(capsys, "cartpole", "log", "--steps", 1)
+    assert "5000" in check_error(capsys, "minatar-breakout", "log", "--steps", 600)
     assert "only with log" in check_error(capsys, "cartpole", "medium", "--steps", 900)
     assert not (tmp_path / "store").exists() or not list((tmp_path / "store").rglob("*.json"))
 
 
 def test_a_missing_package_is_named(monkeypatch, capsys):
     """MinAtar is optional; so is Box2D."""
+
+    def absent(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(dqn.importlib, "import_module", absent)
     monkeypatch.setattr(gym.envs.registration, "registry", {})
     error = check_error(capsys, "minatar-asterix", "log")
     assert "MinAtar/Asterix-v1" in error and "pip install 'minatar'" in error
