@@ -505,6 +505,11 @@ class EpsilonGreedy(gym.ActionWrapper):
         return self.action_space.start + self.draws.integers(self.action_space.n)
 
 
+def of_action(values: Tensor, action: Tensor) -> Tensor:
+    """The values [..., num_actions] of actions [...], which may broadcast: [...]."""
+    return values.gather(-1, action.expand(values.shape[:-1]).unsqueeze(-1)).squeeze(-1)
+
+
 # <<< shared: discrete
 
 
@@ -584,11 +589,6 @@ class DiscreteBCQ(DiscreteAgent):
         """The best allowed actions: [S, N, obs_dim] -> [S, N, 1], in the environment's numbers."""
         best = self.best_action(*self.critic(self.normalize(obs)))
         return self.env_action(best.unsqueeze(-1))
-
-
-def of_action(values: Tensor, action: Tensor) -> Tensor:
-    """The values [S, B, num_actions] of the actions [S, B]: [S, B]."""
-    return values.gather(-1, action.unsqueeze(-1)).squeeze(-1)
 
 
 # ---- frame: the same in every script ----

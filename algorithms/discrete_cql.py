@@ -506,6 +506,11 @@ class EpsilonGreedy(gym.ActionWrapper):
         return self.action_space.start + self.draws.integers(self.action_space.n)
 
 
+def of_action(values: Tensor, action: Tensor) -> Tensor:
+    """The values [..., num_actions] of actions [...], which may broadcast: [...]."""
+    return values.gather(-1, action.expand(values.shape[:-1]).unsqueeze(-1)).squeeze(-1)
+
+
 # <<< shared: discrete
 
 
@@ -540,7 +545,7 @@ class DiscreteCQL(DiscreteAgent):
     def target(self, batch: dict) -> Tensor:
         """r + gamma (1 - terminated) theta_bar_j(s',a') [S, B, N]."""
         theta = self.target_critic(batch["next_obs"])
-        best = theta.mean(-2, keepdim=True).argmax(-1, keepdim=True)
+        best = theta.mean(-2, keepdim=True).argmax(-1)
         left = self.cfg.gamma * (1 - batch["terminated"])
         return batch["reward"].unsqueeze(-1) + left.unsqueeze(-1) * of_action(theta, best)
 
@@ -554,13 +559,13 @@ class DiscreteCQL(DiscreteAgent):
 
     def critic_loss(self, batch: dict, target: Tensor) -> tuple:
         """L and its metrics."""
-        theta, action = self.critic(batch["obs"]), batch["action"].unsqueeze(-1)
+        theta, action = self.critic(batch["obs"]), batch["action"]
         values = theta.mean(-2)
         q = of_action(values, action)
         td_loss = self.quantile_loss(of_action(theta, action.unsqueeze(-1)), target)  # D2
         gap = (values.logsumexp(-1) - q).mean(-1)
         metrics = {"td_loss": td_loss, "conservative_gap": gap, "q": q.mean(-1)}
-        agreement = (values.argmax(-1) == batch["action"]).float().mean(-1)
+        agreement = (values.argmax(-1) == action).float().mean(-1)
         metrics |= {"max_q": values.amax(-1).mean(-1), "agreement": agreement}
         return td_loss + self.cfg.alpha * gap, metrics
 
@@ -578,11 +583,6 @@ class DiscreteCQL(DiscreteAgent):
         """The best actions: [S, N, obs_dim] -> [S, N, 1], in the environment's numbers."""
         values = self.critic(self.normalize(obs)).mean(-2)
         return self.env_action(values.argmax(-1, keepdim=True))
-
-
-def of_action(values: Tensor, action: Tensor) -> Tensor:
-    """The values [..., num_actions] of the action [..., 1]: [...]."""
-    return values.gather(-1, action.expand(*values.shape[:-1], 1)).squeeze(-1)
 
 
 # ---- frame: the same in every script ----

@@ -510,6 +510,11 @@ class EpsilonGreedy(gym.ActionWrapper):
         return self.action_space.start + self.draws.integers(self.action_space.n)
 
 
+def of_action(values: Tensor, action: Tensor) -> Tensor:
+    """The values [..., num_actions] of actions [...], which may broadcast: [...]."""
+    return values.gather(-1, action.expand(values.shape[:-1]).unsqueeze(-1)).squeeze(-1)
+
+
 # <<< shared: discrete
 
 
@@ -549,7 +554,7 @@ class DQN(DiscreteAgent):
         choosing = (
             mix(self.critic(batch["next_obs"]), mixture) if self.cfg.double_q else theta
         )  # D2
-        best = choosing.mean(-2, keepdim=True).argmax(-1, keepdim=True)
+        best = choosing.mean(-2, keepdim=True).argmax(-1)
         left = self.cfg.gamma * (1 - batch["terminated"])
         return batch["reward"].unsqueeze(-1) + left.unsqueeze(-1) * of_action(theta, best)
 
@@ -571,7 +576,7 @@ class DQN(DiscreteAgent):
             q = theta.mean(-2)
         if self.cfg.head == "rem":
             theta = mix(theta, mixture)
-        chosen = of_action(theta, action[..., None, None])
+        chosen = of_action(theta, action.unsqueeze(-1))
         critic_loss = self.critic_loss(chosen, target)
         self.critic_adam.descend(critic_loss)
         if target_moves:
@@ -579,7 +584,7 @@ class DQN(DiscreteAgent):
         agreement = (q.argmax(-1) == action).float().mean(-1)
         metrics = {"critic_loss": critic_loss.detach(), "agreement": agreement}
         return metrics | {
-            "q": of_action(q, action[..., None]).mean(-1),
+            "q": of_action(q, action).mean(-1),
             "max_q": q.amax(-1).mean(-1),
         }
 
@@ -594,11 +599,6 @@ def mix(theta: Tensor, mixture: Tensor) -> Tensor:
     """sum_k w_k theta_k(s,a) [S, B, 1, num_actions], w from random numbers [S, K]."""
     weight = mixture / mixture.sum(-1, keepdim=True)
     return (weight[:, None, :, None] * theta).sum(-2, keepdim=True)
-
-
-def of_action(values: Tensor, action: Tensor) -> Tensor:
-    """The values [..., num_actions] of the action [..., 1]: [...]."""
-    return values.gather(-1, action.expand(*values.shape[:-1], 1)).squeeze(-1)
 
 
 # ---- frame: the same in every script ----
