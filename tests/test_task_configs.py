@@ -802,12 +802,21 @@ VECTORS |= {"target_every": 1, "hidden_dim": 256, "hidden_layers": 2, "final_eva
 SMALL_IMAGES = {**VECTORS, "encoder": "minatar", "num_updates": 100_000, "batch_size": 32}
 SMALL_IMAGES |= {"hidden_dim": 128, "hidden_layers": 1}
 SETTINGS = {"cartpole-uniform-10": VECTORS, "minatar-breakout-uniform-10": SMALL_IMAGES}
-QUANTILES = {"quantiles": 200, "label": ""}
 OWN = {  # of each folder: on any task, and by the part of the logs
     "dqn": ({"head": "dqn", "double_q": False, "label": ""}, {}),
-    "qr_dqn": ({"head": "qr_dqn", "heads": 200, "double_q": False, "label": "QR-DQN"}, {}),
+    "qr_dqn": (
+        {"head": "qr_dqn", "double_q": False, "label": "QR-DQN"},
+        {part: {"heads": 50 if part == "10" else 200} for part in ("10", "1pct", "10pct", "")},
+    ),
     "rem": ({"head": "rem", "heads": 200, "double_q": False, "label": "REM"}, {}),
-    "discrete_cql": (QUANTILES, {"1pct": {"alpha": 4.0}, "10pct": {"alpha": 1.0}}),
+    "discrete_cql": (
+        {"label": ""},
+        {
+            "10": {"alpha": 1.0, "quantiles": 50},  # of recorded runs: a CPU is enough
+            "1pct": {"alpha": 4.0, "quantiles": 200},
+            "10pct": {"alpha": 1.0, "quantiles": 200},
+        },
+    ),
     "discrete_bcq": (
         {"threshold": 0.3, "logit_penalty": 0.01, "label": ""},
         {"1pct": ATARI_BCQ, "10pct": ATARI_BCQ},
@@ -860,6 +869,6 @@ def test_discrete_values_are_the_published_ones(folder):
     for path in DISCRETE_FILES[folder]:
         (config, given), (common, per_part) = read(path), OWN[folder]
         published = {**SETTINGS.get(path.stem, ATARI), **common}
-        published |= per_part.get(path.stem.rpartition("-")[2], {})
+        published |= per_part.get(path.stem.partition("-")[2].rpartition("-")[2], {})
         assert {name: getattr(config, name) for name in published} == published, path
         assert given.keys() <= published.keys() | TASK_FIELDS, path
