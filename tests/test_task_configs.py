@@ -4,6 +4,7 @@
 """
 
 import csv
+import dataclasses
 import functools
 import re
 
@@ -833,6 +834,21 @@ def test_every_discrete_task_has_a_file(folder):
     tasks = {f"{game}{part}" for game in GAMES for part in parts}
     assert {path.stem for path in DISCRETE_FILES[folder]} == tasks | RECORDED.keys()
     assert folder not in FILES.keys() | OGBENCH_FILES.keys() and folder in OWN
+
+
+def test_the_replays_are_named_as_the_converter_does():
+    """Of the command that the config's comment gives, the id is the config's."""
+    tool = load_tool("datasets/dqn_replay.py")
+    table = tool.read_table()
+    for task, dataset_id in REPLAYS.items():
+        game, _, part = task.partition("-")
+        args = tool.parse([game, *SHARES[f"-{part}" if part else ""].split()])
+        log = dataclasses.replace(tool.find_game(args.game, table), share=args.share)
+        assert log.minari_id == dataset_id
+
+
+def test_the_recorded_runs_are_bundled():
+    assert [name for name in RECORDED.values() if not (REPOSITORY / name).is_dir()] == []
 
 
 @every_discrete_folder
