@@ -607,8 +607,9 @@ def find_dataset(cfg) -> Path:
         return file.parent
     mend = f"check its name (as in me/set-v0) and the store {minari.storage.get_dataset_path()}"
     space, _, task = name.partition("/")
-    if space in ("D4RL", "ogbench"):
-        mend = f"python datasets/{space.lower()}.py {task.replace('/', '-')}"
+    if space in ("D4RL", "ogbench", "dqn-replay"):
+        tool = space.lower().replace("-", "_")
+        mend = f"python datasets/{tool}.py {task.replace('/', '-')}"
     check(cfg.fallback_dataset_id, f"dataset_id {name or '(not set)'} is not here: {mend}")
     told = f"WARNING: {name} is not here. Training on {cfg.fallback_dataset_id}:\nOTHER DATA, its "
     told += f"scores are NOT comparable with published ones. For the real data:\n{mend}"

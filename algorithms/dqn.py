@@ -20,8 +20,8 @@ corrected depends on the data alone. H is the Huber loss of threshold 1.
             and Q(s,a) = mean_k Q_k(s,a) to act by
 
 Deviations:
-    D1  Weights and biases start from PyTorch's default U(+-1/sqrt(fan_in)); REM's authors have
-        U(+-1.32/sqrt(fan_in)) and biases of 0.
+    D1  Weights and biases start from PyTorch's default U(+-1/sqrt(fan_in)), those of REM's authors
+        from U(+-1.32/sqrt(fan_in)) and 0; their convolutions are padded, Nature's are not.
     D2  `double_q` may be joined with QR-DQN and REM, whose papers let the target network choose.
 
 Metrics, means over the batch: `train/critic_loss`; `train/q` of the data's actions; `train/max_q`
@@ -659,8 +659,9 @@ def find_dataset(cfg) -> Path:
         return file.parent
     mend = f"check its name (as in me/set-v0) and the store {minari.storage.get_dataset_path()}"
     space, _, task = name.partition("/")
-    if space in ("D4RL", "ogbench"):
-        mend = f"python datasets/{space.lower()}.py {task.replace('/', '-')}"
+    if space in ("D4RL", "ogbench", "dqn-replay"):
+        tool = space.lower().replace("-", "_")
+        mend = f"python datasets/{tool}.py {task.replace('/', '-')}"
     check(cfg.fallback_dataset_id, f"dataset_id {name or '(not set)'} is not here: {mend}")
     told = f"WARNING: {name} is not here. Training on {cfg.fallback_dataset_id}:\nOTHER DATA, its "
     told += f"scores are NOT comparable with published ones. For the real data:\n{mend}"

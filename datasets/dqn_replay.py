@@ -1,6 +1,7 @@
 """Convert the DQN replay logs of Atari (arXiv 1907.04543) into Minari's store.
 
     python datasets/dqn_replay.py Breakout --share 0.01            # download and convert
+    python datasets/dqn_replay.py breakout-run1-1pct               # the same
     python datasets/dqn_replay.py Pong --shards 0 1 --folder logs  # files fetched by hand
     python datasets/dqn_replay.py --list
 
@@ -386,6 +387,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=CACHE, help="downloads (%(default)s)")
     parser.add_argument("--force", action="store_true", help="replace a set that is in the store")
     args = parser.parse_args(argv)
+    named = re.fullmatch(r"([\w-]+?)-run(\d)(?:-([\d_]+)pct)?(?:-v0)?", args.game or "")
+    if named:  # as scripts call a set that is missing
+        args.game, args.run = named[1], int(named[2])
+        args.share = float(named[3].replace("_", ".")) / 100 if named[3] else args.share
     if not args.game and not args.list:
         parser.error("name a game")
     if not 1 <= args.run <= 5:

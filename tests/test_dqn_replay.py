@@ -3,13 +3,14 @@
 import gzip
 import http.server
 import pickle
+import re
 import threading
 
 import gymnasium as gym
 import minari
 import numpy as np
 import pytest
-from conftest import load_tool
+from conftest import load_script, load_tool
 
 replay = load_tool("datasets/dqn_replay.py")
 TABLE = replay.read_table()
@@ -285,6 +286,16 @@ def test_a_part_with_no_step_is_told(logs, capsys):
 )
 def test_bad_words(words, named, capsys):
     assert named in check_error(capsys, *words)
+
+
+def test_the_mend_of_a_script_is_a_command(capsys):
+    """What a script says of a set that is missing names the same part."""
+    words = ["--dataset_id", "dqn-replay/space-invaders/run2-1pct-v0", "--download", "false"]
+    assert load_script("dqn").main(words) == 2
+    command = re.search(r"python datasets/dqn_replay.py (\S+)$", capsys.readouterr().err.strip())
+    args = replay.parse([command[1]])
+    assert (args.game, args.run, args.share) == ("space-invaders", 2, 0.01)
+    assert replay.parse(["pong-run1"]).share == 1
 
 
 def test_list_shows_the_games(capsys):
