@@ -29,6 +29,7 @@ from policies that SAC found, here the run itself is the data.
 """
 
 import argparse
+import contextlib
 import copy
 import importlib.util
 import itertools
@@ -178,7 +179,10 @@ class DQN:
 
 
 def make(game: Game) -> gym.Env:
-    """The environment; MinAtar registers its own. Raises Problem where its package is missing."""
+    """The environment. Raises Problem where its package is not there."""
+    if game.env_id.startswith("MinAtar/") and game.env_id not in gym.registry:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("minatar.gym").register_envs()
     try:
         return gym.make(game.env_id, max_episode_steps=game.limit)
     except gym.error.Error as error:
