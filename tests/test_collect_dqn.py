@@ -201,8 +201,20 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
 
     monkeypatch.setattr(dqn.importlib, "import_module", absent)
     monkeypatch.setattr(gym.envs.registration, "registry", {})
+    monkeypatch.setattr(gym, "registry", {})
     error = check_error(capsys, "minatar-asterix", "log")
     assert "MinAtar/Asterix-v1" in error and "pip install 'minatar'" in error
+
+
+@pytest.mark.parametrize("game", dqn.GAMES)
+def test_environments_start_and_have_a_limit(game):
+    try:
+        env = dqn.make(dqn.GAMES[game])
+    except dqn.Problem as error:
+        pytest.skip(str(error))
+    assert env.spec.max_episode_steps in (500, 1000, 2500)
+    assert dqn.Network(env).greedy(env.reset(seed=0)[0]) in env.action_space
+    assert dqn.collect.requirements(env)[0].partition("==")[0] in ("gymnasium", "box2d", "MinAtar")
 
 
 # ---- bundled sets

@@ -210,7 +210,7 @@ def test_names_of_games_in_any_spelling(name):
 def broken_files(arrays):
     """What to write in place of an array, and what the error must name."""
     obs, frames = arrays["observation"], "$store$_observation_ckpt.0.gz"
-    yield "action", np.full(ROWS, 9, np.int32), ["action 9 in row 0", "4 actions"]
+    yield "action", np.full(ROWS, 9, np.int32), ["action 9 in row 0 of 4 actions"]
     yield "action", np.zeros(ROWS - 1, np.int32), [f"{ROWS} rows", f"{ROWS - 1}"]
     yield "action", np.zeros(ROWS, np.float32), ["float32", "action_ckpt.0.gz"]
     yield "reward", np.full(ROWS, np.nan, np.float32), ["reward nan in row 0"]
