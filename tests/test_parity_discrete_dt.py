@@ -443,22 +443,24 @@ def test_the_scale_fits_the_data_unless_it_is_set():
 
 @pytest.mark.usefixtures("float64")
 def test_acts_at_the_start_and_later():
+    """The most likely action; beyond the table of times, its last row."""
     agent, (batch, _) = make_ddt(target_returns="7, 3"), make_windows(9)
-    obs, left, time = 3 * batch["obs"], 20 * batch["return_to_go"], torch.arange(K) + TIMES - 1
-    raw = (batch["action"] + FIRST).double().unsqueeze(-1)
+    obs, left, time = 3 * batch["obs"], 20 * batch["return_to_go"], torch.arange(K) + TIMES + 1
+    raw, logits = (batch["action"] + FIRST).double().unsqueeze(-1), []
     raw[:, :, -1] = 0  # of the last step the evaluation does not know it
-    first, later, found = agent.act(obs[:, :, 0]), agent.act(obs, raw, left, time), set()
+    agent.actor.register_forward_hook(lambda *call: logits.append(call[-1][:, :, -1]))
+    actions = agent.act(obs[:, :, 0]), agent.act(obs, raw, left, time)
     mean, std = (x.repeat(STACK) for x in (agent.obs_mean, agent.obs_std))
     for k in range(SEEDS):
         plain = Plain(agent, k)
         for b in range(WINDOWS):
             seen = (obs[k, b] - mean) / std
-            start = plain.forward(seen[:1], [0], torch.tensor([0.7]), 0)[-1]
-            end = plain.forward(seen, batch["action"][k, b], left[k, b] / 10, TIMES - 1)[-1]
-            for action, logits in ((first, start), (later, end)):
-                assert action[k, b].tolist() == [FIRST + int(logits.argmax())]
-                found |= {int(action[k, b])}
-    assert first.shape == (SEEDS, WINDOWS, 1) and len(found) > 1
+            first = plain.forward(seen[:1], [0], torch.tensor([0.7]), 0)
+            later = plain.forward(seen, batch["action"][k, b], left[k, b] / 10, TIMES - 1)
+            for action, ours, expected in zip(actions, logits, (first, later), strict=True):
+                same(ours[k, b], expected[-1], "logits")
+                assert action[k, b].tolist() == [FIRST + int(expected[-1].argmax())]
+    assert actions[0].shape == (SEEDS, WINDOWS, 1) and len(actions[0].unique()) > 1
 
 
 def plain_episode(plain, agent, told, seed: int, target: float) -> tuple[float, int, list]:
