@@ -850,7 +850,7 @@ def load_dataset(cfg, agent_class=Agent) -> tuple:
         seen, space, count = storage.observation_space, storage.action_space, storage.total_episodes
         kind, sees = agent_class.actions, agent_class.images or not has_image(seen)
         check(isinstance(space, kind), f"{about} has actions {space}, not a {kind.__name__}")
-        check(sees, f"{about} has images, which {SCRIPT.name} does not take")
+        check(sees, f"{about} has observations {seen}: {SCRIPT.name} takes no images")
         stored = tqdm(storage.get_episodes(range(count)), "reading", count, delay=5, disable=None)
         pairs = enumerate(stored)
         episodes = [read_episode(each, storage, f"{about}, episode {i}") for i, each in pairs]
