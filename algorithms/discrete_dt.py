@@ -725,8 +725,8 @@ class DiscreteDT(DiscreteAgent):
         """One step of AdamW for every member, down its own clipped gradient."""
         cfg, adams = self.cfg, (self.map_adam, self.other_adam)
         masks = noise["kept"] / (1 - cfg.dropout) if noise else None  # D2
-        inputs = {name: values for name, values in batch.items() if name != "mask"}
-        logits = self.actor(**inputs, masks=masks)
+        inputs = [batch[name] for name in ("obs", "action", "return_to_go", "timestep")]
+        logits = self.actor(*inputs, masks)
         actor_loss = self.actor_loss(logits, batch)
         gradients = torch.autograd.grad(actor_loss.sum(), [p for a in adams for p in a.params])
         norm = torch.stack([g.flatten(1).norm(dim=-1) for g in gradients]).norm(dim=0)  # [S]
