@@ -606,6 +606,11 @@ class EpsilonGreedy(gym.ActionWrapper):
         return self.action_space.start + self.draws.integers(self.action_space.n)
 
 
+def of_action(values: Tensor, action: Tensor) -> Tensor:
+    """The values [..., num_actions] of actions [...], which may broadcast: [...]."""
+    return values.gather(-1, action.expand(values.shape[:-1]).unsqueeze(-1)).squeeze(-1)
+
+
 # <<< shared: discrete
 
 
@@ -711,7 +716,7 @@ class DiscreteDT(DiscreteAgent):
 
     def actor_loss(self, logits: Tensor, batch: dict) -> Tensor:
         """L_pi of logits [S, B, K, num_actions], over the steps that are not padding."""
-        log_pi = logits.log_softmax(-1).gather(-1, batch["action"].unsqueeze(-1)).squeeze(-1)
+        log_pi = of_action(logits.log_softmax(-1), batch["action"])
         return over_steps(-log_pi, batch["mask"])
 
     def learning_rate(self) -> Tensor:

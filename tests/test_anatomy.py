@@ -15,8 +15,9 @@ FRAME = "# ---- frame: the same in every script ----"
 # Lines of a script, and of the shared blocks that a script with an online phase has.
 # What they hold today, and no more; the aim is 640 for bc.py and 820 for iql.py.
 TOTALS = {"awac": 1259, "bc": 1063, "bcq": 1172, "brac": 1224, "cal_ql": 1339, "cql": 1330}
-TOTALS |= {"discrete_bcq": 1285, "discrete_cql": 1279, "dqn": 1295, "dt": 1268, "edac": 1195}
-TOTALS |= {"fql": 1280, "iql": 1273, "rebrac": 1282, "spot": 1291, "td3_bc": 1226, "xql": 1177}
+TOTALS |= {"discrete_bcq": 1285, "discrete_cql": 1279, "discrete_dt": 1473, "dqn": 1295}
+TOTALS |= {"dt": 1278, "edac": 1195, "fql": 1280, "iql": 1273, "rebrac": 1282, "spot": 1291}
+TOTALS |= {"td3_bc": 1226, "xql": 1177}
 BLOCKS = ["config", "online_config", "discrete_config", "networks", "layer_norm"]
 BLOCKS += ["squashed_policy", "transformer", "discrete", "data", "evaluation", "run", "online"]
 OPTIONAL = ["online_config", "discrete_config", "layer_norm", "squashed_policy", "transformer"]
