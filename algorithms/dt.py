@@ -376,12 +376,13 @@ class LayerNorm(nn.Module):
 # <<< shared: layer_norm
 
 
+# >>> shared: transformer
 class Embedding(nn.Module):
-    """A table for each of S members: whole numbers [S, B] -> [S, B, dim]."""
+    """A table for each of S members, from N(0, scale^2): whole numbers [S, B] -> [S, B, dim]."""
 
-    def __init__(self, generators, count: int, dim: int):
+    def __init__(self, generators, count: int, dim: int, scale: float = 1.0):
         super().__init__()
-        each = [torch.randn(count, dim, generator=g) for g in generators]
+        each = [scale * torch.randn(count, dim, generator=g) for g in generators]
         self.weight = nn.Parameter(torch.stack(each))
 
     def forward(self, index: Tensor) -> Tensor:
@@ -393,21 +394,21 @@ class Embedding(nn.Module):
 class Block(nn.Module):
     """Causal attention, then an MLP, each behind a normalisation: [S, B*T, dim] -> the same."""
 
-    def __init__(self, generators, dim: int, heads: int):
+    def __init__(self, generators, dim: int, heads: int, activation):
         super().__init__()
-        self.heads, self.head_dim = heads, dim // heads
+        self.heads, self.head_dim, self.activation = heads, dim // heads, activation
         self.attention_norm, self.mlp_norm = (LayerNorm(len(generators), dim) for _ in range(2))
         self.query_key_value = Linear(generators, dim, 3 * dim)
         self.projection = Linear(generators, dim, dim)
         self.mlp = MLP(generators, dim, [4 * dim], dim)
         for layer in (self.query_key_value, self.projection, *self.mlp.layers):
-            layer.weight.data.mul_(0.02 * (3 * layer.weight.shape[1]) ** 0.5)  # D1
-            layer.bias.data.zero_()
+            small(layer)
 
     def forward(self, x: Tensor, length: int, masks: tuple) -> Tensor:
         """Sequences of `length` tokens; two `masks` [S, B*T, dim] multiply what is added."""
         x = x + dropped(self.projection(self.attention(self.attention_norm(x), length)), masks[0])
-        return x + dropped(self.mlp(self.mlp_norm(x)), masks[1])
+        widen, narrow = self.mlp.layers
+        return x + dropped(narrow(self.activation(widen(self.mlp_norm(x)))), masks[1])
 
     def attention(self, x: Tensor, length: int) -> Tensor:
         parts = self.query_key_value(x).reshape(-1, length, 3, self.heads, self.head_dim)
@@ -416,8 +417,30 @@ class Block(nn.Module):
         return mixed.transpose(1, 2).reshape(x.shape)
 
 
+def small(layer: Linear) -> None:
+    """Start with weights of deviation 0.02 and biases of 0."""
+    layer.weight.data.mul_(0.02 * (3 * layer.weight.shape[1]) ** 0.5)
+    layer.bias.data.zero_()
+
+
 def dropped(x: Tensor, mask: Optional[Tensor]) -> Tensor:
     return x if mask is None else x * mask
+
+
+def read_targets(text: str) -> list:
+    """The numbers of "3600, 1800" or "100%, 50%", as (number or share, whether it is a share)."""
+    targets = {}
+    for word in map(str.strip, text.split(",")):
+        number, relative = math.nan, word.endswith("%")
+        with contextlib.suppress(ValueError):
+            number = float(word.removesuffix("%")) / (100 if relative else 1)
+        mend = "write numbers, like '3600, 1800', or shares of the data's best, like '100%, 50%'"
+        check(math.isfinite(number), f"target_returns: {text!r}: {mend}")
+        targets[number, relative] = None  # each once
+    return list(targets)
+
+
+# <<< shared: transformer
 
 
 class Transformer(nn.Module):
@@ -431,8 +454,8 @@ class Transformer(nn.Module):
         self.embed_action = Linear(generators, act_dim, dim)
         self.embed_timestep = Embedding(generators, cfg.max_episode_steps, dim)
         self.embed_norm, self.last_norm = LayerNorm(members, dim), LayerNorm(members, dim)
-        blocks = [Block(generators, dim, cfg.attention_heads) for _ in range(cfg.hidden_layers)]
-        self.blocks = nn.ModuleList(blocks)
+        heads, layers = cfg.attention_heads, range(cfg.hidden_layers)
+        self.blocks = nn.ModuleList(Block(generators, dim, heads, F.relu) for _ in layers)  # D1
         self.head = Linear(generators, dim, act_dim)
 
     def forward(self, obs, action, return_to_go, timestep, masks: Optional[Tensor] = None):
@@ -550,19 +573,6 @@ class DT(Agent):
         action = self.unit_action(action)
         inputs = (return_to_go / self.return_scale(), timestep.clamp(max=last).expand(shape))
         return self.env_action(self.actor(self.normalize(obs), action, *inputs)[..., -1, :])
-
-
-def read_targets(text: str) -> list:
-    """The numbers of "3600, 1800" or "100%, 50%", as (number or share, whether it is a share)."""
-    targets = {}
-    for word in map(str.strip, text.split(",")):
-        number, relative = math.nan, word.endswith("%")
-        with contextlib.suppress(ValueError):
-            number = float(word.removesuffix("%")) / (100 if relative else 1)
-        mend = "write numbers, like '3600, 1800', or shares of the data's best, like '100%, 50%'"
-        check(math.isfinite(number), f"target_returns: {text!r}: {mend}")
-        targets[number, relative] = None  # each once
-    return list(targets)
 
 
 # ---- frame: the same in every script ----

@@ -824,6 +824,15 @@ OWN = {  # of each folder: on any task, and by the part of the logs
     ),
 }
 WHOLE = ["dqn", "qr_dqn", "rem"]  # also on whole logs
+# The DT paper's table 8 (2106.01345): five epochs of 500,000 steps.
+DT = {"context": 30, "hidden_dim": 128, "hidden_layers": 6, "attention_heads": 8, "dropout": 0.1}
+DT |= {"batch_size": 128, "actor_lr": 6e-4, "weight_decay": 0.1, "grad_clip": 1.0}
+DT |= {"adam_beta2": 0.95, "encoder": "nature", "frame_stack": 4, "return_scale": 1.0}
+DT |= {"max_episode_steps": 27_000, "num_updates": 5 * 3_906, "warmup_updates": 3}
+DT_PONG = {"batch_size": 512, "context": 50, "num_updates": 5 * 977, "warmup_updates": 1}
+DT_TARGETS = {"breakout": "90", "pong": "20", "qbert": "2500", "seaquest": "1450"}
+DT_SMALL = {"encoder", "num_updates", "batch_size", "context", "max_episode_steps", "hidden_dim"}
+DT_SMALL |= {"hidden_layers", "attention_heads", "warmup_updates", "eval_every"}  # untuned
 
 every_discrete_folder = pytest.mark.parametrize("folder", DISCRETE_FILES)
 
@@ -832,8 +841,10 @@ every_discrete_folder = pytest.mark.parametrize("folder", DISCRETE_FILES)
 def test_every_discrete_task_has_a_file(folder):
     parts = ("", "-1pct", "-10pct") if folder in WHOLE else ("-1pct", "-10pct")
     tasks = {f"{game}{part}" for game in GAMES for part in parts}
+    tasks = {f"{game}-1pct" for game in DT_TARGETS} if folder == "discrete_dt" else tasks
     assert {path.stem for path in DISCRETE_FILES[folder]} == tasks | RECORDED.keys()
-    assert folder not in FILES.keys() | OGBENCH_FILES.keys() and folder in OWN
+    assert folder not in FILES.keys() | OGBENCH_FILES.keys()
+    assert folder in OWN or folder == "discrete_dt"
 
 
 def test_the_replays_are_named_as_the_converter_does():
@@ -880,7 +891,19 @@ def test_discrete_comments_name_the_data_and_the_source(folder):
         assert ("untuned" in words) != published, path
 
 
-@every_discrete_folder
+def test_the_values_of_discrete_dt_are_the_published_ones():
+    for path in DISCRETE_FILES["discrete_dt"]:
+        (config, given), (game, _, part) = read(path), path.stem.partition("-")
+        if path.stem in RECORDED:
+            assert given.keys() <= DT_SMALL | TASK_FIELDS, path
+            continue
+        published = {**DT, **(DT_PONG if game == "pong" else {})}
+        published["target_returns"] = DT_TARGETS[game]
+        assert {name: getattr(config, name) for name in published} == published, path
+        assert given.keys() <= published.keys() | TASK_FIELDS and part == "1pct", path
+
+
+@pytest.mark.parametrize("folder", OWN)
 def test_discrete_values_are_the_published_ones(folder):
     for path in DISCRETE_FILES[folder]:
         (config, given), (common, per_part) = read(path), OWN[folder]
