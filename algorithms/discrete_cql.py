@@ -476,17 +476,17 @@ class DiscreteAgent(Agent):
         places = {"obs": torch.arange(len(episode)) + episode, "start": starts[episode]}
         return table | {name: at.to(self.obs_mean.device) for name, at in places.items()}
 
-    def gather(self, table: dict, rows: Tensor) -> dict:
-        """The batch at `rows` [S, B]: stacks of frames here and one step on."""
+    def gather(self, table: dict, rows: Tensor, ahead: int = 1) -> dict:
+        """The batch at `rows` [S, B]: stacks of frames here and, unless `ahead` is 0, a step on."""
         steps = {name: values for name, values in table.items() if name != "frames"}
         steps = super().gather(steps, rows)
         at, start = steps.pop("obs").unsqueeze(-1), steps.pop("start").unsqueeze(-1)
-        at = at + torch.arange(1 - self.cfg.frame_stack, 2, device=at.device)
+        at = at + torch.arange(1 - self.cfg.frame_stack, 1 + ahead, device=at.device)
         frames = table["frames"].index_select(0, at.clamp(min=start).flatten())
-        frames = frames.unflatten(0, at.shape) * (at >= start).unsqueeze(-1)
-        frames = self.normalize(frames.flatten(-2)).unflatten(-1, frames.shape[-2:])
-        obs, next_obs = frames[..., :-1, :].flatten(-2), frames[..., 1:, :].flatten(-2)
-        return {"obs": obs, "next_obs": next_obs, **steps}
+        frames = frames.unflatten(0, at.shape).mul_((at >= start).unsqueeze(-1)).float()
+        frames.sub_(self.obs_mean).div_(self.obs_std)  # as `normalize`, without copies
+        steps["obs"] = frames[..., : self.cfg.frame_stack, :].flatten(-2)
+        return steps | ({"next_obs": frames[..., 1:, :].flatten(-2)} if ahead else {})
 
 
 class EpsilonGreedy(gym.ActionWrapper):

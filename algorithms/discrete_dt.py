@@ -576,17 +576,17 @@ class DiscreteAgent(Agent):
         places = {"obs": torch.arange(len(episode)) + episode, "start": starts[episode]}
         return table | {name: at.to(self.obs_mean.device) for name, at in places.items()}
 
-    def gather(self, table: dict, rows: Tensor) -> dict:
-        """The batch at `rows` [S, B]: stacks of frames here and one step on."""
+    def gather(self, table: dict, rows: Tensor, ahead: int = 1) -> dict:
+        """The batch at `rows` [S, B]: stacks of frames here and, unless `ahead` is 0, a step on."""
         steps = {name: values for name, values in table.items() if name != "frames"}
         steps = super().gather(steps, rows)
         at, start = steps.pop("obs").unsqueeze(-1), steps.pop("start").unsqueeze(-1)
-        at = at + torch.arange(1 - self.cfg.frame_stack, 2, device=at.device)
+        at = at + torch.arange(1 - self.cfg.frame_stack, 1 + ahead, device=at.device)
         frames = table["frames"].index_select(0, at.clamp(min=start).flatten())
-        frames = frames.unflatten(0, at.shape) * (at >= start).unsqueeze(-1)
-        frames = self.normalize(frames.flatten(-2)).unflatten(-1, frames.shape[-2:])
-        obs, next_obs = frames[..., :-1, :].flatten(-2), frames[..., 1:, :].flatten(-2)
-        return {"obs": obs, "next_obs": next_obs, **steps}
+        frames = frames.unflatten(0, at.shape).mul_((at >= start).unsqueeze(-1)).float()
+        frames.sub_(self.obs_mean).div_(self.obs_std)  # as `normalize`, without copies
+        steps["obs"] = frames[..., : self.cfg.frame_stack, :].flatten(-2)
+        return steps | ({"next_obs": frames[..., 1:, :].flatten(-2)} if ahead else {})
 
 
 class EpsilonGreedy(gym.ActionWrapper):
@@ -710,7 +710,7 @@ class DiscreteDT(DiscreteAgent):
         """Windows that begin at `rows` [S, B]; the padding repeats an episode's last step."""
         ahead = torch.arange(self.cfg.context, device=rows.device)  # D3
         left = table["steps_left"][rows].unsqueeze(-1)
-        steps = super().gather(table, rows.unsqueeze(-1) + torch.minimum(ahead, left - 1))
+        steps = super().gather(table, rows.unsqueeze(-1) + torch.minimum(ahead, left - 1), ahead=0)
         own = {"timestep": steps["timestep"][..., 0], "mask": ahead < left}  # D4
         return {name: steps[name] for name in ("obs", "action", "return_to_go")} | own
 
@@ -1031,7 +1031,8 @@ def evaluate(agent: nn.Module, spec, references: tuple, episodes: int) -> list:
         asked, shape = np.array(columns)[:, 0], (cfg.num_seeds, len(columns))
         places = {(i, columns.index((*column,))): (i, *column) for *column, i in played}
         envs, past = {at: gym.make(spec) for at in places}, ([], [], [])
-        obs, totals = np.zeros((*shape, agent.obs_dim)), np.zeros((*shape, 2))  # return, length
+        obs = np.zeros((*shape, agent.obs_dim), np.float32)
+        totals = np.zeros((*shape, 2))  # return, length
         for at, env in envs.items():
             obs[at] = env_step(env, seed=cfg.eval_seed + columns[at[1]][1])[0]
         while envs:  # those that have ended rest

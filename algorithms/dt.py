@@ -836,7 +836,8 @@ def evaluate(agent: nn.Module, spec, references: tuple, episodes: int) -> list:
         asked, shape = np.array(columns)[:, 0], (cfg.num_seeds, len(columns))
         places = {(i, columns.index((*column,))): (i, *column) for *column, i in played}
         envs, past = {at: gym.make(spec) for at in places}, ([], [], [])
-        obs, totals = np.zeros((*shape, agent.obs_dim)), np.zeros((*shape, 2))  # return, length
+        obs = np.zeros((*shape, agent.obs_dim), np.float32)
+        totals = np.zeros((*shape, 2))  # return, length
         for at, env in envs.items():
             obs[at] = env_step(env, seed=cfg.eval_seed + columns[at[1]][1])[0]
         while envs:  # those that have ended rest

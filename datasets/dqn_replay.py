@@ -20,7 +20,7 @@ Episodes, after what Dopamine's buffer writes:
 - A terminal ends an episode. What followed it was not recorded and is a frame of zeros, from which
   nobody bootstraps. Dopamine marks its limit of 27,000 steps as a terminal, too: such an episode is
   truncated here, without its last step, whose next frame is unknown.
-- The end of a shard cuts an episode, which is truncated there, again without its last step; the
+- The end of a shard cuts an episode, which then has no end, again without its last step; the
   next shard's first rows are an episode of their own.
 - Rewards are as Dopamine kept them: clipped to [-1, 1]. Those of the environment are not.
 - All this is counted, printed, and stored in the metadata as `counts`.
@@ -298,7 +298,7 @@ def cut_episode(frames: Stream, steps: dict, counts: Counter) -> Iterator[dict]:
         "actions": steps["action"][skip:stop].astype(np.int64),
         "rewards": steps["reward"][skip:stop].astype(np.float32),
         "terminations": last & terminated,
-        "truncations": last & (not terminated),
+        "truncations": last & (how == "timed_out"),
     }
 
 

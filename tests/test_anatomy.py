@@ -15,8 +15,8 @@ FRAME = "# ---- frame: the same in every script ----"
 # Lines of a script, and of the shared blocks that a script with an online phase has.
 # What they hold today, and no more; the aim is 640 for bc.py and 820 for iql.py.
 TOTALS = {"awac": 1260, "bc": 1064, "bcq": 1173, "brac": 1225, "cal_ql": 1340, "cql": 1331}
-TOTALS |= {"discrete_bcq": 1286, "discrete_cql": 1280, "discrete_dt": 1474, "dqn": 1296}
-TOTALS |= {"dt": 1279, "edac": 1196, "fql": 1281, "iql": 1274, "rebrac": 1283, "spot": 1292}
+TOTALS |= {"discrete_bcq": 1286, "discrete_cql": 1280, "discrete_dt": 1475, "dqn": 1296}
+TOTALS |= {"dt": 1280, "edac": 1196, "fql": 1281, "iql": 1274, "rebrac": 1283, "spot": 1292}
 TOTALS |= {"td3_bc": 1227, "xql": 1178}
 BLOCKS = ["config", "online_config", "discrete_config", "networks", "layer_norm"]
 BLOCKS += ["squashed_policy", "transformer", "discrete", "data", "evaluation", "run", "online"]

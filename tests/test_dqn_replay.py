@@ -86,7 +86,7 @@ def test_episodes_have_no_padding_no_stale_row_and_true_next_frames(logs):
         assert len(episode.observations) == len(episode.rewards) + 1
         ends = episode.terminations, episode.truncations
         assert not any(end[:-1].any() for end in ends)
-        assert (ends[0][-1], ends[1][-1]) == (terminated, not terminated)
+        assert (ends[0][-1], ends[1][-1]) == (terminated, False)  # a cut is no end
     counts = {"source_rows": 39, "stale_rows": 1, "padding": 6, "episodes": 3, "steps": 32}
     assert metadata["counts"] == {**counts, "terminated": 2, "cut": 1, "timed_out": 0}
     assert metadata["total_steps"] == 32
@@ -127,7 +127,7 @@ def test_time_limits_are_truncations(logs, monkeypatch):
     write_shard(logs)
     episodes, metadata = convert(logs)
     assert [len(e.rewards) for e in episodes] == [10, 11, 10]
-    assert [bool(e.truncations[-1]) for e in episodes] == [False, True, True]
+    assert [bool(e.truncations[-1]) for e in episodes] == [False, True, False]
     assert not episodes[1].terminations.any()
     assert (metadata["counts"]["timed_out"], metadata["counts"]["cut"]) == (1, 1)
 
