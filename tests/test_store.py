@@ -125,8 +125,7 @@ def test_a_run_that_is_not_whole_is_refused(case, tmp_path, capsys):
 
 def assert_refused(tmp_path, capsys, *problems):
     before = contents(tmp_path)
-    folders = [str(path.parent) for path in sorted(tmp_path.rglob("result.json"))] or [tmp_path]
-    assert store.main([*map(str, folders), "--into", str(tmp_path / "store")]) == 2
+    assert store.main([str(tmp_path), "--into", str(tmp_path / "store")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert all(problem in error for problem in problems), error
@@ -141,6 +140,7 @@ def assert_refused(tmp_path, capsys, *problems):
         ({"config": {"fallback_dataset_id": "/home/me/data"}}, "config holds /home/me/data"),
         ({"machine": ""}, "machine is empty"),
         ({"threads": "many"}, "cannot be read"),
+        ({"seconds": None}, "seconds is not a finite number"),
         ({"final_eval_episodes": 3}, "not {0: 3, 1: 3}"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import functools
 import json
 import re
 import textwrap
@@ -11,7 +12,7 @@ import pandas as pd
 import pictures
 import scores as numbers
 import store
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 # Settings that stand elsewhere on the page or say nothing about the algorithm.
 ELSEWHERE = {*store.SEEDS_AND_MACHINE, "dataset_id", "env_id", "env_kwargs", "ref_min_score"}
@@ -23,6 +24,7 @@ def build(scores: numbers.Scores, tables: dict) -> str:
     folder = store.REPOSITORY / "tools"
     options = {"autoescape": True, "trim_blocks": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), **options)
+    environment.filters["prose"] = prose
     main = pictures.main_panels(scores.evaluations)
     content = {name: html(tables[name]) for name in ("overview", "runs", "online")}
     content |= {"facts": facts(scores), "suites": suites(scores, tables["suites"])}
@@ -34,6 +36,11 @@ def build(scores: numbers.Scores, tables: dict) -> str:
 def html(table: pd.DataFrame) -> Markup:
     """Escaped by pandas; nothing where there are no rows."""
     return Markup("" if table.empty else table.to_html(index=False, border=0))
+
+
+def prose(text: str) -> Markup:
+    """With `names` as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def image(alt: str, svg: str) -> tuple:
@@ -48,7 +55,7 @@ def facts(scores: numbers.Scores) -> str:
 
 
 def curves(key: tuple, rows: pd.DataFrame, title: str = "", **options) -> tuple:
-    title = title or f"{key[0]}\n{pictures.size(*key[1:])}"
+    title = title or f"{key[0]}\n{numbers.length(*key[1:])} updates"
     alt = f"Learning curves: {' '.join(title.split())}"
     lines = len(rows[["label", "number"]].drop_duplicates())
     return image(alt, pictures.svg(pictures.curves, lines, rows, title, **options))
@@ -59,7 +66,7 @@ def suites(scores: numbers.Scores, tables: dict) -> list[dict]:
     found = []
     known = numbers.compared(scores)
     for (name, *size), labels in known.items():
-        title = next((t for t in tables if t.startswith(f"{name}, {pictures.size(*size)}")), None)
+        title = next((t for t in tables if t.startswith(f"{name}, {numbers.length(*size)} ")), None)
         if title:
             most = max(map(len, labels.values()))
             whole = {label: tasks for label, tasks in labels.items() if len(tasks) == most}
@@ -74,7 +81,7 @@ def datasets(scores: numbers.Scores) -> list[dict]:
     found = {}
     policies = dict(list(scores.seeds.groupby(["data", *numbers.BUDGET])))
     for key, rows in pictures.budgets(scores.evaluations).items():
-        size = pictures.size(*key[1:])
+        size = f"{numbers.length(*key[1:])} updates"
         images = found.setdefault(key[0], [])
         images.append(curves(key, rows, size))
         named = policies[key].groupby(["label", "number"])
@@ -100,9 +107,12 @@ def algorithms(scores: numbers.Scores, table: pd.DataFrame) -> list[dict]:
         part |= {"color": pictures.look(label)["color"], "text": text, "deviations": deviations}
         part |= {"script": runs["script"].iloc[-1] if text else "", "results": html(table[rows])}
         part |= {"images": [curves(key, rows, seeds=True) for key, rows in panels]}
+        part |= {"alone": html(alone(runs["script"].iloc[-1]))}
         part |= {"speed": html(speed(rates, runs)), "settings": html(apart), "same": same}
         pairs = zip(runs["data"], runs["updates"], runs["steps"], runs["command"], strict=True)
-        part["commands"] = [(f"{d}, {pictures.size(u, s)}", line) for d, u, s, line in pairs]
+        part["commands"] = [
+            (f"{d}, {numbers.length(u, s)} updates", line) for d, u, s, line in pairs
+        ]
         parts.append(part)
     return parts
 
@@ -129,7 +139,7 @@ def settings(runs: pd.DataFrame) -> tuple:
     apart = [n for n in names if len({v for v in values[n] if v}) > 1]
     same = [f"{n}: {max(values[n])}" for n in names if n not in apart]
     size = zip(runs["updates"], runs["steps"], strict=True)
-    columns = {"data": [*runs["data"]], "updates": [pictures.size(*pair) for pair in size]}
+    columns = {"data": [*runs["data"]], "updates": [numbers.length(*pair) for pair in size]}
     return pd.DataFrame({**columns, **{n: values[n] for n in apart}}), same
 
 
@@ -145,12 +155,33 @@ def speed(rates: dict, runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for run in store.records(runs):
         rate, versions = rates.get(run["run"]), json.loads(run["packages"])
-        row = {"data": run["data"], "updates": pictures.size(run["updates"], run["steps"])}
+        row = {"data": run["data"], "updates": numbers.length(run["updates"], run["steps"])}
         row |= {"seeds at once": str(run["num_seeds"])}
         row |= {"updates/s": f"{rate:.1f}" if rate else ""}
         row |= {"in all": f"{rate * run['num_seeds']:.1f}" if rate else ""}
         row |= {"training, min": f"{run['seconds'] / 60:.0f}", "machine": run["machine"]}
-        row |= {"threads": str(run["threads"] or ""), "commit": (run["commit"] or "")[:8]}
+        row |= {
+            "threads": f"{run['threads']:.0f}" if run["threads"] else "",
+            "commit": (run["commit"] or "")[:8],
+        }
         row |= {"versions": ", ".join(f"{n} {v}" for n, v in versions.items())}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+@functools.cache
+def measured() -> pd.DataFrame:
+    """What benchmarks/speed.py measured: rows of script, members, mode and updates a second."""
+    path = store.RESULTS / "speed.json"
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    return pd.DataFrame(rows, columns=["algorithm", "members", "mode", "updates_per_second"])
+
+
+def alone(script: str) -> pd.DataFrame:
+    """Of a script its updates a second by population size, eager and compiled."""
+    rows = measured()[measured()["algorithm"] == script]
+    table = rows.pivot(index="members", columns="mode", values="updates_per_second")
+    shown = table.map("{:.1f}".format).rename(columns="{}, updates/s".format)
+    return (
+        shown.rename_axis(columns=None).reset_index().rename(columns={"members": "seeds at once"})
+    )

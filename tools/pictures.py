@@ -1,6 +1,7 @@
 """Pictures of a report. An algorithm has one colour and one marker in all of them."""
 
 import io
+import re
 import zlib
 
 import matplotlib
@@ -59,10 +60,6 @@ def look(label: str) -> dict:
     return {"color": color, "marker": MARKERS[place % len(MARKERS)], "markersize": 4}
 
 
-def size(updates: int, steps: int) -> str:
-    return f"{updates:,}" + (f" + {steps:,} online" if steps else "") + " updates"
-
-
 def budgets(evaluations: pd.DataFrame) -> dict:
     """{(data, updates, steps): its rows}: what is drawn in one panel."""
     return dict(list(evaluations.groupby(["data", *numbers.BUDGET], sort=True)))
@@ -98,7 +95,9 @@ def curves(axis, rows: pd.DataFrame, title: str, seeds: bool = False) -> None:
         mean = np.nanmean(y, 1)
         axis.plot(x, mean, label=f"{name}  {mean[-1]:.0f}", **style)
         if seeds:
-            axis.plot(x, y, color=style["color"], linewidth=0.6, alpha=0.6)
+            gap = np.append(y.T, np.full((y.shape[1], 1), np.nan), 1)  # one line, for speed
+            x = np.tile(np.append(x, np.nan), y.shape[1])
+            axis.plot(x, gap.ravel(), color=style["color"], linewidth=0.6, alpha=0.6)
         elif len(parts) <= 6:
             ends = np.nanmin(y, 1), np.nanmax(y, 1)
             axis.fill_between(x, *ends, color=style["color"], alpha=0.12, linewidth=0)
@@ -120,7 +119,7 @@ def legend(axis, count: int) -> None:
     axis.legend(handlelength=1.5, columnspacing=1, **below)
     for ticks in (axis.xaxis, axis.yaxis):
         if ticks.get_scale() == "linear":
-            ticks.set_major_locator(MaxNLocator(5))
+            ticks.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
 
 
 def profiles(axis, labels: dict, title: str) -> None:
@@ -136,11 +135,14 @@ def profiles(axis, labels: dict, title: str) -> None:
 
 def choices(axis, policies: dict, title: str) -> None:
     """Expected score of the chosen seed, by the evaluation episodes spent on the choice."""
-    for label, own in policies.items():
-        most = sum(map(len, own))
-        points = sorted({min(most, round(n)) for n in np.geomspace(1, most, 12)})
-        axis.plot(points, numbers.chosen(own, points), label=label, **look(label))
+    lines = {}
+    for name, own in policies.items():
+        points = np.unique(np.geomspace(1, sum(map(len, own)), 12).round().astype(int))
+        lines[name] = points, numbers.chosen(own, points)
+    for name, line in sorted(lines.items(), key=lambda item: -item[1][1][-1]):
+        axis.plot(*line, label=name, **look(re.sub(r" \(\d+\)$", "", name)))
     axis.set(title=title, xlabel="evaluation episodes", ylabel="score", xscale="log")
+    axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     legend(axis, len(policies))
 
@@ -154,7 +156,7 @@ def svg(draw, lines: int, *arguments, **options) -> str:
     height = above + inner + below
     with plt.rc_context(STYLE):
         figure = Figure(figsize=(4.4, height))
-        place = (0.12, below / height, 0.86, inner / height)
+        place = (0.13, below / height, 0.85, inner / height)
         draw(figure.add_axes(place), *arguments, **options)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
@@ -172,6 +174,6 @@ def overview(evaluations: pd.DataFrame, path) -> None:
         for axis in axes.flat[len(panels) :]:
             axis.remove()
         for axis, (key, part) in zip(axes.flat, panels.items(), strict=False):
-            curves(axis, part, f"{key[0]}\n{size(*key[1:])}")
+            curves(axis, part, f"{key[0]}\n{numbers.length(*key[1:])} updates")
         figure.savefig(path, dpi=110)
         plt.close(figure)

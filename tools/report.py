@@ -25,7 +25,7 @@ import page
 import pandas as pd
 import pictures
 import scores as numbers
-from scores import GROUP
+from scores import GROUP, length
 from store import RESULTS, StoreError
 
 BEGIN, END = "<!-- results: written by tools/report.py -->", "<!-- end of results -->"
@@ -34,10 +34,6 @@ BEGIN, END = "<!-- results: written by tools/report.py -->", "<!-- end of result
 def spread(values) -> str:
     values = list(values)
     return f"{np.mean(values):.1f} ± {np.std(values):.1f}"
-
-
-def length(updates: int, steps: int) -> str:
-    return f"{updates:,}" + (f" + {steps:,} online" if steps else "")
 
 
 def short(commit) -> str:

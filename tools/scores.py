@@ -103,6 +103,11 @@ def evaluate(episodes: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     return means.merge(pairs.loc[~old, ["run", "seed"]], on=["run", "seed"])
 
 
+def length(updates: int, steps: int) -> str:
+    """A budget in words."""
+    return f"{updates:,}" + (f" + {steps:,} online" if steps else "")
+
+
 @functools.cache
 def tasks() -> pd.DataFrame:
     return pd.read_csv(store.REPOSITORY / "datasets" / "tasks.csv")
@@ -208,16 +213,15 @@ def chosen(policies: list, budgets: list, draws: int = 500) -> np.ndarray:
     counted in episodes. n = 1 is the mean policy; the last n is what an oracle would nearly take.
     """
     rng, values = np.random.default_rng(0), []
-    means = np.array([policy.mean() for policy in policies])
+    means, size = np.array([policy.mean() for policy in policies]), (draws, len(policies))
+    most = -(-max(budgets) // len(policies))
+    played = [rng.choice(policy, (draws, most)).cumsum(1) for policy in policies]
+    sums = np.stack(played, 1)  # [draws, policies, episodes]
     for n in budgets:
-        each = np.full((draws, len(policies)), n // len(policies))
-        each += rng.random(each.shape).argsort(1) < n % len(policies)
-        guess = np.full(each.shape, -np.inf)
-        for i, policy in enumerate(policies):
-            played = rng.choice(policy, (draws, max(1, each[:, i].max()))).cumsum(1)
-            known = each[:, i] > 0
-            last = each[known, i] - 1
-            guess[known, i] = played[known, last] / (last + 1)
+        each = n // len(policies) + (rng.random(size).argsort(1) < n % len(policies))
+        found = np.take_along_axis(sums, np.maximum(each, 1)[..., None] - 1, 2)[..., 0]
+        guess = np.where(each > 0, found / np.maximum(each, 1), -np.inf)
+        guess += 1e-9 * rng.random(size)  # equals are drawn by lot
         values.append(means[guess.argmax(1)].mean())
     return np.array(values)
 

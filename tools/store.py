@@ -1,7 +1,7 @@
 """The results store: finished runs as three tables that pandas reads.
 
-    python tools/store.py RUN [RUN ...]        # puts run folders into benchmarks/results
-    python tools/store.py RUN --into DIR       # or into another store
+    python tools/store.py RUN [RUN ...]     # puts the runs there or below into benchmarks/results
+    python tools/store.py RUN --into DIR    # or into another store
 
     pandas.read_parquet("benchmarks/results/runs")      # a row a run: settings, data, machine
     pandas.read_parquet("benchmarks/results/episodes")  # a row an evaluation episode
@@ -218,6 +218,9 @@ def check_run(run: dict, episodes: pd.DataFrame, metrics: pd.DataFrame) -> None:
     """The tables of one run: whole, finite, and as its settings say."""
     for name in ("label", "algorithm", "script", "dataset_id", "env_id", "command", "machine"):
         require(isinstance(run[name], str) and run[name], f"{name} is empty: move the run away")
+    for name in ("num_updates", "online_steps", "seed", "num_seeds", "seconds"):
+        known = run[name] is not None and np.isfinite(run[name])
+        require(known, f"{name} is not a finite number: move the run away")
     require(isinstance(json.loads(run["config"]), dict), "config holds no settings")
     require(isinstance(json.loads(run["packages"]), dict), "packages holds no versions")
     for table in (episodes.drop(columns=["target", "score"]), metrics):
@@ -294,10 +297,20 @@ def read(root: Path) -> Results:
     if not is_store(root):
         return collect(sorted(path.parent for path in root.rglob("result.json")))
     try:
-        return Results(**{n: pd.read_parquet(root / n, schema=s) for n, s in SCHEMAS.items()})
+        return Results(**{n: pd.read_parquet(root / n, schema=compact(n)) for n in SCHEMAS})
     except (OSError, pa.ArrowException) as error:
         what = " ".join(str(error).split())
         raise StoreError(f"{root} cannot be read ({what:.300}): restore it from git") from None
+
+
+def compact(table: str) -> pa.Schema:
+    """A table's columns, with words that stand in many rows as categories."""
+    schema = SCHEMAS[table]
+    for name in ("run", "name") if table != "runs" else ():
+        if name in schema.names:
+            words = pa.field(name, pa.dictionary(pa.int32(), TEXT))
+            schema = schema.set(schema.get_field_index(name), words)
+    return schema
 
 
 def collect(folders: list) -> Results:
@@ -313,14 +326,19 @@ def collect(folders: list) -> Results:
     return Results(**{name: pd.concat(frames, ignore_index=True) for name, frames in names.items()})
 
 
-def add(folders: list, root: Path) -> list[str]:
-    """Put finished runs into the store at `root`, all or none; the names of those that are new."""
+def add(places: list, root: Path) -> list[str]:
+    """Put the finished runs in some folders, or below them, into the store at `root`: all or none.
+
+    Returns the names of those that are new. Raises StoreError.
+    """
     new = {}
-    for folder in folders:
-        require((folder / "result.json").is_file(), f"{folder} holds no finished run: train it")
-        results = read_folder(folder)
-        require(results, f"{folder} was trained without an environment: it has no result to store")
-        new[results.runs["run"][0]] = results
+    for place in places:
+        folders = sorted(path.parent for path in place.rglob("result.json"))
+        require(folders, f"{place} holds no finished run: train it")
+        for folder in folders:
+            results = read_folder(folder)
+            require(results, f"{folder} was trained without an environment: nothing to store")
+            new[results.runs["run"][0]] = results
     rows = records(read(root).runs) if is_store(root) else []
     for name in new.keys() & {row["run"] for row in rows}:
         del new[name]
@@ -350,7 +368,7 @@ def write(results: Results, name: str, root: Path) -> None:
 def main(argv=None) -> int:
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(description=__doc__, **style)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished run's folder")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a folder of runs")
     parser.add_argument("--into", type=Path, default=RESULTS, metavar="DIR", help="the store")
     args = parser.parse_args(argv)
     try:
