@@ -93,6 +93,22 @@ def test_returns_stand_in_where_there_are_no_scores(tmp_path):
     assert report.main([str(tmp_path)]) == 0
 
 
+def test_a_run_without_an_environment_has_no_row(tmp_path):
+    fake_run(tmp_path / "a", last=[])
+    assert report.all_tables(numbers.read(tmp_path))["runs"].empty
+    fake_run(tmp_path / "b", seeds=(2, 3))
+    assert [row["seeds"] for row in rows(tmp_path)] == ["2"]
+
+
+def test_two_evaluations_at_one_update_are_drawn(tmp_path):
+    """Online, where the updates wait for the first steps: the later one counts."""
+    folder = online_run(tmp_path / "a", CURVE)
+    later = [r | {"environment_step": 3} for r in store.read_rows(folder / "episodes.jsonl")[4:8]]
+    with open(folder / "episodes.jsonl", "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in later)
+    assert report.main([str(tmp_path)]) == 0
+
+
 def test_a_copy_of_a_run_counts_once(tmp_path):
     fake_run(tmp_path / "a")
     fake_run(tmp_path / "b")

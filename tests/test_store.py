@@ -171,13 +171,14 @@ def test_other_settings_may_hold_the_same_seed(tmp_path):
         store.add([again], tmp_path / "store")
 
 
-def test_a_store_that_lost_a_file_says_which(tmp_path):
+@pytest.mark.parametrize("table, lost", [("episodes", "episodes"), ("runs", "row in runs")])
+def test_a_store_that_lost_a_file_says_which(tmp_path, table, lost):
     for i in range(2):
         store.add([fake_run(tmp_path / str(i), seeds=(2 * i, 2 * i + 1))], tmp_path / "store")
-    gone = next((tmp_path / "store" / "episodes").iterdir())
+    gone = next((tmp_path / "store" / table).iterdir())
     gone.unlink()
-    with pytest.raises(StoreError, match=f"{gone.stem} has no episodes"):
-        store.read(tmp_path / "store").check()
+    with pytest.raises(StoreError, match=f"{gone.stem} has no {lost}: add it again"):
+        store.read(tmp_path / "store")
 
 
 def test_the_committed_store_is_whole_and_small():

@@ -78,7 +78,7 @@ def groups(rows: pd.DataFrame) -> list:
     """(name, [evaluations, seeds]) of each group, the best last score first."""
     parts = []
     for (label, number), part in rows.groupby(["label", "number"]):
-        curve = part.set_index(["update", "seed"])["value"].unstack().sort_index()
+        curve = part.groupby(["update", "seed"])["value"].last().unstack()
         name = f"{label} ({number + 1})" if number else label
         parts.append((label, name, curve))
     return sorted(parts, key=lambda part: -part[2].iloc[-1].mean())

@@ -56,8 +56,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 def results_table(scores) -> pd.DataFrame:
     """A row for each group, the worst of a dataset first, so that the baseline opens the list."""
-    rows = []
-    runs = scores.runs.set_index("run")
+    rows, runs = [], scores.runs.set_index("run")
     for (data, label, *size, number), seeds in scores.groups():
         own = runs.loc[seeds["run"].unique()]
         run, last = own.iloc[0], spread(seeds["last"])
@@ -76,8 +75,8 @@ def results_table(scores) -> pd.DataFrame:
         }
         rows.append(((data, seeds["last"].mean(), label), row))
     table = pd.DataFrame([row for _, row in sorted(rows, key=lambda pair: pair[0])])
-    compared = table["published"].any()
-    return table if compared else table.drop(columns=["published", "difference"])
+    compared = any(row["published"] for _, row in rows)
+    return table if compared or table.empty else table.drop(columns=["published", "difference"])
 
 
 def overview_table(scores) -> pd.DataFrame:
@@ -91,6 +90,8 @@ def overview_table(scores) -> pd.DataFrame:
         row[column] = spread(seeds["last"]) + few
         order.setdefault((*size, name), []).append(seeds["last"].mean())
     keys = sorted(cells, key=lambda k: (k[1] > 0, -k[0] - k[1], -len(order[k]), np.mean(order[k])))
+    if not keys:
+        return pd.DataFrame()
     table = pd.DataFrame([cells[key] for key in keys]).fillna("")
     return table[["updates", "algorithm", *sorted(table.columns.difference(table.columns[:2]))]]
 

@@ -91,18 +91,22 @@ class Results:
     episodes: pd.DataFrame
     metrics: pd.DataFrame
 
-    def check(self) -> None:
-        """Raises StoreError where a run is not whole, or two hold the same seed."""
+    def check_joined(self) -> None:
+        """Raises StoreError where a run stands twice or is not in all tables."""
         again = self.runs["run"][self.runs["run"].duplicated()]
         require(again.empty, f"run {again.min()} is there twice: delete one of its files")
-        for table in (self.episodes, self.metrics):
-            strange = set(table["run"]) - set(self.runs["run"])
-            require(not strange, f"run {min(strange, default='')} has no row in runs: add it again")
+        known, played = set(self.runs["run"]), set(self.episodes["run"])
+        for name in sorted(known ^ played | set(self.metrics["run"]) - known):
+            lost = "episodes" if name in known else "row in runs"
+            raise StoreError(f"run {name} has no {lost}: add it again, or delete its other files")
+
+    def check(self) -> None:
+        """Raises StoreError where a run is not whole, or two hold the same seed."""
+        self.check_joined()
         episodes = dict(list(self.episodes.groupby("run")))
         metrics = dict(list(self.metrics.groupby("run")))
         rows = records(self.runs)
         for i, row in enumerate(rows):
-            require(row["run"] in episodes, f"run {row['run']} has no episodes: add it again")
             check_run(row, episodes[row["run"]], metrics.get(row["run"], self.metrics[:0]))
             check_paths(row)
             for other in rows[:i]:
@@ -297,7 +301,9 @@ def read(root: Path) -> Results:
     if not is_store(root):
         return collect(sorted(path.parent for path in root.rglob("result.json")))
     try:
-        return Results(**{n: pd.read_parquet(root / n, schema=compact(n)) for n in SCHEMAS})
+        results = Results(**{n: pd.read_parquet(root / n, schema=compact(n)) for n in SCHEMAS})
+        results.check_joined()
+        return results
     except (OSError, pa.ArrowException) as error:
         what = " ".join(str(error).split())
         raise StoreError(f"{root} cannot be read ({what:.300}): restore it from git") from None
