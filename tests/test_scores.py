@@ -63,6 +63,12 @@ def test_improvement_is_not_certain_where_all_seeds_are_better():
     assert mean == high == 1 and 0.5 < low < 0.7
 
 
+def test_more_tasks_make_the_interval_of_improvement_narrower():
+    ours, theirs = np.array([1.0, 4.0]), np.array([2.0, 3.0])
+    width = {n: np.diff(numbers.improvement([ours] * n, [theirs] * n)[1:])[0] for n in (10, 40)}
+    assert width[10] == pytest.approx(2 * width[40], rel=0.1)
+
+
 @pytest.mark.parametrize("count, shift", [*itertools.product((1, 3, 6), (0, 0.5, 1.5))])
 def test_intervals_of_improvement_hold_the_truth(count, shift):
     rng, truth = np.random.default_rng(0), stats.norm.cdf(shift / np.sqrt(2))
@@ -87,6 +93,12 @@ def test_the_choice_of_a_seed_by_episodes():
     assert values == pytest.approx([20, 80 / 3, 30, 30], abs=0.5)
     alike = [np.array([0.0, 100.0] * 50)] * 2  # luck chooses, and is worth nothing
     assert numbers.chosen(alike, [1, 20]).tolist() == [50, 50]
+
+
+def test_equals_are_chosen_by_lot():
+    rare, never = np.array([0.0] * 99 + [100.0]), np.zeros(100)
+    for policies in ([rare, never], [never, rare]):
+        assert 0.4 < numbers.chosen(policies, [2], draws=4000)[0] < 0.6
 
 
 def test_a_noisy_choice_is_worth_its_true_mean():
