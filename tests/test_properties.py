@@ -205,7 +205,7 @@ def test_a_run_of_any_settings(name):
                 strict(result.read_text())
                 folder = ["--run_dir", result.parent, "--resume", "true"]
                 assert ends_well(script.main, folder) == 0
-                report.table(report.read_runs(Path("run")))
+                report.report_text(report.all_tables(report.numbers.read(Path("run"))))
         finally:
             shutil.rmtree("run", ignore_errors=True)
 

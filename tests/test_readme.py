@@ -1,5 +1,6 @@
 """What the README says is true: its commands, its code, its table, its links."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -51,7 +52,7 @@ def test_own_data_lines_run(monkeypatch, tmp_path):
     assert len(commands) == 2 and "none" in commands[1]
     for i, command in enumerate(commands):
         assert load_script("iql").main([*command[2:], *short, f"run{i}"]) == 0
-        result = report.json.loads((tmp_path / f"run{i}/result.json").read_text())
+        result = json.loads((tmp_path / f"run{i}/result.json").read_text())
         assert bool(result["last"]) == (i == 0)
 
 
@@ -89,18 +90,8 @@ def test_every_script_has_its_row(name):
     assert found == {(text.count("\n"), own.count("\n"))}
 
 
-def test_table_is_what_the_results_give():
-    inside = README.split(report.BEGIN)[1].split(report.END)[0]
-    assert inside.strip() == report.table(report.read_runs(RESULTS)).strip()
-
-
-def test_stored_results_agree_with_their_own_episodes():
-    """A row's score is the mean of the episodes beside it, of the first target if any."""
-    for folder in {path.parent for path in RESULTS.rglob("result.json")}:
-        result = report.json.loads((folder / "result.json").read_text())
-        episodes = report.read_rows(folder / "episodes.jsonl")
-        for row in result["last"]:
-            own = [e for e in episodes if e["final"] and e["seed"] == row["seed"]]
-            own = [e for e in own if e.get("target") == own[0].get("target")]
-            assert len(own) == result["final_eval_episodes"]
-            assert row["eval/score"] == pytest.approx(sum(e["score"] for e in own) / len(own))
+def test_tables_are_what_the_results_give():
+    scores, parts = report.numbers.read(RESULTS), re.split(f"{report.BEGIN}\n|{report.END}", README)
+    assert parts[1] == report.readme_text(scores)
+    text = (RESULTS / "report.md").read_text(encoding="utf-8")
+    assert text == report.report_text(report.all_tables(scores))

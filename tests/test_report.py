@@ -1,169 +1,333 @@
-"""The report: means, spreads, joined seeds, the README's table, errors."""
+"""The report: means, spreads, joined seeds, README, pictures, page, errors."""
 
+import html.parser
 import json
+import re
 
 import numpy as np
+import pandas as pd
 import pytest
-from conftest import REPOSITORY, load_script, load_tool, words
+from conftest import REPOSITORY, contents, load_script, load_tool, words
+from test_store import fake_run, store
 
 report = load_tool("tools/report.py")
+numbers, page, pictures = report.numbers, report.page, report.pictures
 
 
-def write_rows(folder, rows):
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def rows(root) -> list[dict]:
+    return report.results_table(numbers.read(root)).to_dict("records")
 
 
-def fake_run(folder, label="IQL", seeds=(0, 1), scores=(10.0, 30.0), best=(20.0, 40.0), **changes):
-    """A finished run with one evaluation at update 5 and the last at 10."""
-    folder.mkdir(parents=True)
-    last = [{"seed": s, "update": 10, "eval/score": v} for s, v in zip(seeds, scores, strict=True)]
-    top = [{"seed": s, "update": 5, "eval/score": v} for s, v in zip(seeds, best, strict=True)]
-    result = {"label": label, "dataset_id": "toy/data-v0", "num_updates": 10, "last": last}
-    result |= {"final_eval_episodes": 100, "commit": "0123456789abcdef"}
-    (folder / "result.json").write_text(json.dumps({**result, **changes}))
-    write_rows(folder, [{"update": 5, "seed": 0, "train/loss": 1.0}, *top, *last])
-
-
-def test_table_holds_mean_and_spread_of_the_last_policies(tmp_path):
+def test_a_row_holds_mean_and_spread_of_the_last_policies(tmp_path):
     fake_run(tmp_path / "a")
-    row = report.table(report.read_runs(tmp_path)).splitlines()[-1]
-    cells = "toy/data-v0 | IQL | 10 | 2 | 20.0 ± 10.0 | 30.0 ± 10.0 | 100 | 01234567"
-    assert row == f"| {cells} |"
+    wanted = {"data": "toy/data-v0", "algorithm": "IQL", "updates": "10", "seeds": "2"}
+    wanted |= {"last": "20.0 ± 10.0", "best (oracle)": "30.0 ± 10.0", "episodes": "2"}
+    assert rows(tmp_path) == [wanted | {"commit": "01234567"}]
 
 
 def test_the_best_may_be_the_last(tmp_path):
-    fake_run(tmp_path / "a", best=(0.0, 40.0))
-    assert "| 20.0 ± 10.0 | 25.0 ± 15.0 |" in report.table(report.read_runs(tmp_path))
+    fake_run(tmp_path / "a", {5: (0.0, 40.0), 10: (10.0, 30.0)})
+    assert rows(tmp_path)[0]["best (oracle)"] == "25.0 ± 15.0"
 
 
-def test_what_a_script_writes_is_read(tmp_path):
-    """Two runs of one script, offline and online, with the names of what was trained and played."""
+def test_what_scripts_write_is_reported(tmp_path):
+    """Two runs of one script, offline and online; of run folders and of a store alike."""
     iql = load_script("iql")
-    assert iql.main(words(run_dir="runs/a", num_seeds=2)) == 0
-    assert iql.main(words(run_dir="runs/b", num_seeds=2, seed=5)) == 0
-    assert iql.main(words(run_dir="runs/c", num_seeds=2, online_steps=3)) == 0
-    groups = report.read_runs(tmp_path / "runs")
-    first, second = report.table(groups).split("\n\n")
-    assert "| toy/pendulum-v0 | IQL | 6 | 4 |" in first
-    assert "| toy/pendulum-v0 | IQL | 6 + 3 online | 2 |" in first
-    online = groups["toy/pendulum-v0"]["IQL", 6, 3, 0]["online"]
-    assert list(online) == [0, 1] and None not in online[0].values()
-    assert "| toy/pendulum-v0 | IQL | 6 + 3 online |" in second
-    result = report.read(tmp_path / "runs" / "a" / "result.json")
-    assert result["env_id"] == "Pendulum-v1"
+    for name, changes in (("a", {}), ("b", {"seed": 5}), ("c", {"online_steps": 3})):
+        assert iql.main(words(run_dir=f"runs/{name}", num_seeds=2, **changes)) == 0
+    found = {row["updates"]: row["seeds"] for row in rows(tmp_path / "runs")}
+    assert found == {"6": "4", "6 + 3 online": "2"}
+    store.add([*(tmp_path / "runs").iterdir()], tmp_path / "store")
+    read = [numbers.read(tmp_path / name) for name in ("runs", "store")]
+    texts = [report.report_text(report.all_tables(scores)) for scores in read]
+    assert texts[0] == texts[1] and "at the switch" in texts[0]
 
 
 def test_scores_of_another_environment_say_so(tmp_path):
     fake_run(tmp_path / "a", environment_differs="no pen is dropped")
-    assert "| 20.0 ± 10.0 (environment differs) |" in report.table(report.read_runs(tmp_path))
+    assert rows(tmp_path)[0]["last"] == "20.0 ± 10.0 (environment differs)"
 
 
-def fake_online_run(folder, unit="eval/score", **changes):
-    """50 at the switch (update 10), then 20 within and 0 after 10,000 steps, and 80 at the end."""
-    last = [{"update": 40, "seed": s, unit: 80.0 + 10 * s} for s in (0, 1)]
-    fake_run(folder, label="CalQL", online_steps=30_000, last=last, **changes)
-    values = {
-        5: (0, 60.0),
-        10: (0, 50.0),
-        15: (10_000, 20.0),
-        20: (10_001, 0.0),
-        40: (30_000, 80.0),
-    }
-    rows = [
-        {"update": u, "environment_step": step, "seed": s, unit: v + 10 * s}
-        for u, (step, v) in values.items()
-        for s in (0, 1)
-    ]
-    write_rows(folder, rows)
+# The switch is at update 10; one environment step an update after it.
+CURVE = {5: (60.0, 70.0), 10: (50.0, 60.0), 10_010: (20.0, 30.0), 10_011: (0.0, 10.0)}
+CURVE[30_010] = (80.0, 90.0)
 
 
-def test_online_runs_stand_apart_from_offline_ones(tmp_path):
-    fake_run(tmp_path / "a", label="CalQL")
-    fake_online_run(tmp_path / "b")
-    first, second = report.table(report.read_runs(tmp_path)).split("\n\n")
-    assert "| Cal-QL | 10 | 2 | 20.0 ± 10.0 | 30.0 ± 10.0 |" in first
-    assert "| Cal-QL | 10 + 30,000 online | 2 | 85.0 ± 5.0 | 85.0 ± 5.0 |" in first
-    cells = "Cal-QL | 10 + 30,000 online | 55.0 ± 5.0 | 30.0 ± 0.0 | 85.0 ± 5.0 | 0.62"
-    assert second.splitlines()[2:] == [f"| toy/data-v0 | {cells} |"]
+def online_run(folder, curve):
+    return fake_run(folder, curve, label="CalQL", config={"online_steps": 30_000})
 
 
-def test_nothing_drops_below_the_switch():
-    rows = [(5, 0, 90.0), (10, 0, 50.0), (15, 5, 60.0), (20, 10, 100.0)]
-    names = ("update", "environment_step", "eval/score")
-    rows = [dict(zip(names, row, strict=True)) for row in rows]
-    found = report.online(rows, "eval/score", switch=10)
-    assert found == {"switch": 50.0, "drop": 0, "regret": pytest.approx(0.2)}
-    assert report.online(rows[:1], "eval/score", switch=10) == dict.fromkeys(found)
+@pytest.mark.parametrize(
+    "curve, wanted",
+    [
+        (CURVE, ("55.0 ± 5.0", "30.0 ± 0.0", "85.0 ± 5.0", "0.62")),
+        (
+            {10: (50, 50), 15: (60, 60), 20: (100, 100)},
+            ("50.0 ± 0.0", "0.0 ± 0.0", "100.0 ± 0.0", "0.20"),
+        ),
+        ({30_010: (80, 90)}, ("", "", "85.0 ± 5.0", "0.15")),
+    ],
+    ids=["drops", "does not drop", "no evaluation at the switch"],
+)
+def test_online_runs_have_a_table_of_their_own(tmp_path, curve, wanted):
+    online_run(tmp_path / "a", curve)
+    fake_run(tmp_path / "b", label="CalQL")
+    assert [row["updates"] for row in rows(tmp_path)] == ["10", "10 + 30,000 online"]
+    (found,) = report.online_table(numbers.read(tmp_path)).to_dict("records")
+    assert (found["data"], found["algorithm"]) == ("toy/data-v0", "Cal-QL")
+    assert (found["at the switch"], found["drop"], found["last"], found["regret"]) == wanted
 
 
-def test_online_runs_without_scores_have_no_regret(tmp_path):
-    fake_online_run(tmp_path / "b", unit="eval/return")
-    text = report.table(report.read_runs(tmp_path))
-    cells = "Cal-QL | 10 + 30,000 online | 55.0 ± 5.0 | 30.0 ± 0.0 | 85.0 ± 5.0 |  |"
-    assert text.splitlines()[-1] == f"| toy/data-v0 | {cells}"
-
-
-def test_online_runs_without_an_evaluation_at_the_switch(tmp_path):
-    fake_online_run(tmp_path / "b")
-    rows = report.read_rows(tmp_path / "b" / "metrics.jsonl")
-    write_rows(tmp_path / "b", [row for row in rows if row["update"] == 40])
-    text = report.table(report.read_runs(tmp_path))
-    assert "| Cal-QL | 10 + 30,000 online |  |  | 85.0 ± 5.0 | 0.15 |" in text
-
-
-def test_the_picture_marks_the_switch(tmp_path, monkeypatch):
-    fake_run(tmp_path / "a")
-    fake_online_run(tmp_path / "b")
-    marks, old = [], report.plt.Axes.axvline
-    monkeypatch.setattr(
-        report.plt.Axes, "axvline", lambda axis, x, **k: marks.append(x) or old(axis, x, **k)
-    )
-    report.picture(report.read_runs(tmp_path), tmp_path / "p.png")
-    assert marks == [10]
-
-
-def test_runs_of_other_seeds_join_and_a_repeated_seed_counts_once(tmp_path, capsys):
-    fake_run(tmp_path / "20260101-000000", seeds=(0, 1), scores=(10.0, 30.0))
-    fake_run(tmp_path / "20260102-000000", seeds=(1, 2), scores=(50.0, 90.0), best=(20.0, 10.0))
-    group = report.read_runs(tmp_path)["toy/data-v0"][("IQL", 10, 0, 0)]
-    assert group["last"] == {0: 10.0, 1: 50.0, 2: 90.0}
-    assert group["best"] == {0: 20.0, 1: 50.0, 2: 90.0}
-    assert group["curve"][10] == {0: 10.0, 1: 50.0, 2: 90.0}
-    assert "replaces earlier runs of seeds [1]" in capsys.readouterr().err
+def returns_only(folder):
+    """As of data without reference returns."""
+    episodes = [row | {"score": None} for row in store.read_rows(folder / "episodes.jsonl")]
+    (folder / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in episodes))
 
 
 def test_returns_stand_in_where_there_are_no_scores(tmp_path):
-    rows = [{"seed": 0, "update": 10, "eval/return": 7.0}]
-    fake_run(tmp_path / "a", last=rows)
-    write_rows(tmp_path / "a", rows)
-    assert "IQL (return)" in report.table(report.read_runs(tmp_path))
+    returns_only(online_run(tmp_path / "a", CURVE))
+    scores = numbers.read(tmp_path)
+    (found,) = report.online_table(scores).to_dict("records")
+    assert (found["algorithm"], found["last"]) == ("Cal-QL (return)", "850.0 ± 50.0")
+    assert found["regret"] == "" and report.suite_tables(scores) == {}
+    assert report.main([str(tmp_path)]) == 0
 
 
-def test_main_writes_table_picture_and_readme(tmp_path, capsys):
+def test_a_run_without_an_environment_has_no_row(tmp_path):
+    fake_run(tmp_path / "a", last=[])
+    assert report.all_tables(numbers.read(tmp_path))["runs"].empty
+    fake_run(tmp_path / "b", seeds=(2, 3))
+    assert [row["seeds"] for row in rows(tmp_path)] == ["2"]
+
+
+def test_two_evaluations_at_one_update_are_drawn(tmp_path):
+    """Online, where the updates wait for the first steps: the later one counts."""
+    folder = online_run(tmp_path / "a", CURVE)
+    later = [r | {"environment_step": 3} for r in store.read_rows(folder / "episodes.jsonl")[4:8]]
+    with open(folder / "episodes.jsonl", "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in later)
+    assert report.main([str(tmp_path)]) == 0
+
+
+def test_a_copy_of_a_run_counts_once(tmp_path):
+    fake_run(tmp_path / "a")
+    fake_run(tmp_path / "b")
+    assert len(numbers.read(tmp_path).results.episodes) == 8 and rows(tmp_path)[0]["seeds"] == "2"
+
+
+def test_runs_of_other_seeds_join_and_a_repeated_seed_counts_once(tmp_path, capsys):
+    fake_run(tmp_path / "20260101", seeds=(0, 1))
+    fake_run(tmp_path / "20260102", {5: (20, 10), 10: (50, 90)}, seeds=(1, 2))
+    seeds = numbers.read(tmp_path).seeds
+    assert seeds["last"].tolist() == [10, 50, 90] and seeds["best"].tolist() == [20, 50, 90]
+    assert "a later run replaces its seeds [1]" in capsys.readouterr().err
+
+
+DIFFERENT = [
+    ({"env_id": "Car-v0"}, "env_id"),
+    ({"fingerprint": "ab"}, "fingerprint"),
+    ({"algorithm": "BC"}, "algorithm"),
+    ({"config": {"expectile": 0.9}}, "expectile"),
+    ({"about": {"checkpoint": "runs/a"}}, "checkpoint"),
+]
+
+
+@pytest.mark.parametrize("change, name", DIFFERENT)
+def test_runs_that_differ_in_more_than_seeds_are_not_joined(tmp_path, capsys, change, name):
+    fake_run(tmp_path / "a", config={"expectile": 0.7})
+    fake_run(
+        tmp_path / "b", {10: (50, 50)}, seeds=(2, 3), **{"config": {"expectile": 0.7}, **change}
+    )
+    found = {row["algorithm"]: row["last"] for row in rows(tmp_path)}
+    assert found == {"IQL": "20.0 ± 10.0", "IQL (2)": "50.0 ± 0.0"}
+    assert f"differs from other runs of IQL in {name}: a row" in capsys.readouterr().err
+    assert report.main([str(tmp_path)]) == 0
+
+
+def test_joined_runs_name_each_commit(tmp_path, capsys):
+    for seed, commit in enumerate(("a" * 40, "a" * 40, "b" * 40 + "-dirty", None)):
+        newer = {"updates_per_step": 1} if seed == 1 else {}
+        config = {"expectile": 0.7, "device": str(seed), **newer}
+        fake_run(tmp_path / str(seed), {10: (1,)}, (seed,), config=config, commit=commit)
+    (row,) = rows(tmp_path)
+    assert (row["seeds"], row["commit"]) == ("4", "aaaaaaaa, bbbbbbbb-dirty, unknown")
+    assert not capsys.readouterr().err
+
+
+def test_the_overview_has_a_row_an_algorithm_and_a_column_a_dataset(tmp_path):
+    """Equal budgets together, the longest first; as many seeds as are not four are told."""
+    fake_run(tmp_path / "a", label="BC", seeds=range(4), scores={10: (1, 1, 1, 1)})
+    fake_run(tmp_path / "b", label="IQL", dataset_id="datasets/hopper/medium-v0")
+    fake_run(tmp_path / "c", {20: (3, 3)}, label="DT", num_updates=20)
+    online_run(tmp_path / "d", CURVE)
+    table = report.overview_table(numbers.read(tmp_path))
+    assert list(table) == ["updates", "algorithm", "hopper/medium-v0", "toy/data-v0"]
+    assert table["algorithm"].tolist() == ["DT", "BC", "IQL", "Cal-QL"]
+    assert table["toy/data-v0"].tolist()[:3] == ["3.0 ± 0.0 (2 seeds)", "1.0 ± 0.0", ""]
+    text = report.readme_text(numbers.read(tmp_path))
+    assert report.markdown(table) in text and "at the switch" in text
+
+
+def test_published_figures_stand_beside_d4rl_alone(tmp_path):
+    """Of the task, its data, its environment, as many updates."""
+    own = {"dataset_id": "D4RL/hopper/medium-v2", "num_updates": 1_000_000, "env_id": "Hopper-v4"}
+    own |= {"source": "d4rl-hdf5 0123"}
+    others = [{"dataset_id": "datasets/hopper/medium-v0"}, {"num_updates": 50_000}]
+    others += [
+        {"env_id": "Hopper-v5"},
+        {"source": "collected", "fingerprint": "g"},
+        {"environment_differs": "a bit"},
+    ]
+    others += [{"config": {"online_steps": 10}}]
+    for i, changes in enumerate([{}, *others]):
+        fake_run(tmp_path / str(i), {1_000_000: (10, 30)}, **{**own, **changes})
+    found = [row for row in rows(tmp_path) if row["published"]]
+    (published,) = pd.read_csv(REPOSITORY / "benchmarks/published.csv").query(
+        "task == 'hopper-medium-v2' and algorithm == 'IQL'"
+    )["mean"]
+    assert [row["difference"] for row in found] == [f"{20 - published:+.1f}"]
+    assert found[0]["published"].startswith(f"{published:.1f} (tinkoff-ai/CORL")
+    assert "published" not in report.results_table(numbers.read(REPOSITORY / "benchmarks/results"))
+
+
+def test_every_published_figure_is_of_a_known_task():
+    table = pd.read_csv(REPOSITORY / "benchmarks" / "published.csv")
+    assert set(table["task"]) <= set(numbers.tasks()["task"])
+    assert len(numbers.published()) == len(table) and table["source"].notna().all()
+
+
+# ---- pictures and page
+
+
+def test_an_algorithm_keeps_its_colour_and_no_two_share_one():
+    labels = numbers.read(REPOSITORY / "benchmarks" / "results").runs["label"].unique()
+    assert set(labels) <= set(pictures.COLORS)
+    assert len(set(pictures.COLORS.values())) == len(pictures.COLORS)
+    assert pictures.look("Discrete CQL")["color"] == pictures.look("CQL")["color"]
+    assert pictures.look("Mine") == pictures.look("Mine")
+
+
+def test_a_panel_is_of_one_dataset_and_budget(tmp_path):
+    fake_run(tmp_path / "a")
+    fake_run(tmp_path / "b", label="BC")
+    fake_run(tmp_path / "c", {20: (3, 3)}, label="DT", num_updates=20)
+    online_run(tmp_path / "d", CURVE)
+    evaluations = numbers.read(tmp_path).evaluations
+    panels = {
+        key: sorted(set(rows["label"])) for key, rows in pictures.budgets(evaluations).items()
+    }
+    data = "toy/data-v0"
+    assert panels == {
+        (data, 10, 0): ["BC", "IQL"],
+        (data, 20, 0): ["DT"],
+        (data, 10, 30_000): ["Cal-QL"],
+    }
+    assert list(pictures.main_panels(evaluations)) == [(data, 10, 0)]
+
+
+def test_the_picture_shows_every_algorithm_of_its_panels(tmp_path):
+    fake_run(tmp_path / "a")
+    fake_run(tmp_path / "b", label="BC", scores={5: (1, 2), 10: (3, 4)})
+    assert report.main([str(tmp_path)]) == 0
+    picture = pictures.plt.imread(tmp_path / "report.png")[..., :3]
+    seen = set(map(tuple, np.unique((picture * 255).round().reshape(-1, 3), axis=0)))
+    for label in ("BC", "IQL"):
+        color = pictures.COLORS[label]
+        assert tuple(int(color[i : i + 2], 16) for i in (1, 3, 5)) in seen
+
+
+class Reader(html.parser.HTMLParser):
+    """What a page holds: ids, links, sources of pictures, text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.links, self.sources, self.tags, self.text = [], [], [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.tags.append(tag)
+        self.ids += [found["id"]] if "id" in found else []
+        self.links += [found["href"]] if "href" in found else []
+        self.sources += [found["src"]] if "src" in found else []
+        assert tag != "img" or found["alt"]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_needs_nothing_else(tmp_path, monkeypatch):
+    """No script, no file, no address but those of papers; its links lead to its own parts."""
+    monkeypatch.setattr(pictures, "svg", lambda *_, **__: "<svg/>")  # drawn in other tests
+    results = REPOSITORY / "benchmarks" / "results"
+    before = contents(results)
+    assert report.main([str(results), "--out", str(tmp_path)]) == 0
+    assert contents(results) == before
+    text = (tmp_path / "report.html").read_text()
+    found = Reader(text)
+    assert "script" not in found.tags and len(set(found.ids)) == len(found.ids)
+    assert all(source.startswith("data:image/svg+xml") for source in found.sources)
+    inside = [link[1:] for link in found.links if link.startswith("#")]
+    assert set(inside) == set(found.ids) and len(inside) == len(found.ids)
+    outside = {link for link in found.links if not link.startswith(("#", "data:"))}
+    assert outside == {"https://arxiv.org/abs/2110.04156"} and "url(" not in text
+    scores = numbers.read(results)
+    for command in scores.runs["command"]:  # the command behind each number
+        assert command in found.text
+    for row in report.results_table(scores).to_dict("records"):
+        assert row["last"] in found.text
+    assert "L2_tau(u) = |tau - 1(u < 0)| u^2" in found.text and "D1" in found.text
+
+
+def test_names_are_text_on_the_page(tmp_path):
+    fake_run(tmp_path / "a", label="<b>&x", dataset_id="toy/<i>-v0", script="../../setup")
+    assert report.main([str(tmp_path)]) == 0
+    found = Reader((tmp_path / "report.html").read_text())
+    assert "<b>&x" in found.text and "toy/<i>-v0" in found.text and "b" not in found.tags
+
+
+def test_equations_and_deviations_are_read_from_every_script():
+    for path in (REPOSITORY / "algorithms").glob("*.py"):
+        text, deviations = page.docstring(path.stem)
+        assert any(kind == "pre" and "E_" in part for kind, part in text), path
+        wanted = len(re.findall(r"(?m)^    D\d+  ", path.read_text()))
+        assert [name for name, _ in deviations] == [f"D{i + 1}" for i in range(wanted)], path
+        assert not any("train/" in part for _, part in text), path
+    assert page.docstring("none") == ([], [])
+
+
+def test_settings_that_differ_have_columns():
+    configs = [{"tau": 0.1, "gamma": 1, "seed": 0}, {"tau": 0.2, "gamma": 1, "seed": 5}]
+    runs = pd.DataFrame({"config": map(json.dumps, configs)})
+    table, same = page.settings(runs.assign(data="a", updates=10, steps=0))
+    assert table["tau"].tolist() == ["0.1", "0.2"] and same == ["gamma: 1"]
+    assert list(table) == ["data", "updates", "tau"]
+
+
+# ---- the command
+
+
+def test_main_writes_tables_and_readme(tmp_path, capsys):
     fake_run(tmp_path / "runs" / "a")
-    fake_run(tmp_path / "runs" / "b", label="BC", scores=(1.0, 2.0))
+    fake_run(tmp_path / "runs" / "b", {10: (1.0, 2.0)}, label="BC")
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     assert report.main([str(tmp_path / "runs"), "--readme", str(readme)]) == 0
-    table = (tmp_path / "runs" / "report.md").read_text()
-    assert table.index("| BC |") < table.index("| IQL |")  # the weaker one first
-    assert readme.read_text() == f"before\n{report.BEGIN}\n{table}{report.END}\nafter\n"
+    text = (tmp_path / "runs" / "report.md").read_text()
+    assert text.index("| BC |") < text.index("| IQL |")  # the weaker one first
+    inside = report.readme_text(numbers.read(tmp_path / "runs"))
+    assert readme.read_text() == f"before\n{report.BEGIN}\n{inside}{report.END}\nafter\n"
+    table = report.markdown(report.results_table(numbers.read(tmp_path / "runs")))
     assert table in capsys.readouterr().out
-    picture = report.plt.imread(tmp_path / "runs" / "report.png")
-    colors = {tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in report.COLORS[:2]}
-    assert colors <= set(
-        map(tuple, np.unique((picture[..., :3] * 255).round().reshape(-1, 3), axis=0))
-    )
 
 
 BROKEN = [
     ("metrics.jsonl", None),
-    ("metrics.jsonl", ""),
     ("metrics.jsonl", '{"update": 5, "seed"'),
     ("metrics.jsonl", "5\n"),
-    ("metrics.jsonl", '{"eval/score": 5}\n'),
-    ("metrics.jsonl", '{"update": 10, "seed": 0, "eval/score": 5}\n'),  # none of seed 1
-    ("metrics.jsonl", '{"update": 10, "seed": 0, "eval/score": null}\n'),
+    ("metrics.jsonl", '{"train/loss": 5}\n'),
+    ("episodes.jsonl", ""),
+    ("episodes.jsonl", '{"update": 10, "seed": 0, "score": 5}\n'),
     ("result.json", ""),
     ("result.json", "[]"),
     ("result.json", "{}"),
@@ -172,14 +336,14 @@ BROKEN = [
     ("result.json", {"last": [{"update": 10}]}),
     ("result.json", {"final_eval_episodes": None, "num_updates": "ten"}),
     ("config.yaml", "a: [\n"),
+    ("config.yaml", None),
     ("environment.json", "{"),
 ]
 
 
 @pytest.mark.parametrize("name, content", BROKEN)
 def test_a_broken_run_is_one_line_that_names_it(tmp_path, capsys, name, content):
-    fake_run(tmp_path / "a")
-    path = tmp_path / "a" / name
+    path = fake_run(tmp_path / "a") / name
     if isinstance(content, dict):
         content = json.dumps({**json.loads(path.read_text()), **content})
     if content is None:
@@ -199,52 +363,8 @@ def test_errors_are_one_line(case, tmp_path, capsys):
         fake_run(tmp_path / "a")
         (tmp_path / "README.md").write_text("nothing here\n")
         arguments += ["--readme", str(tmp_path / "README.md")]
+    before = contents(tmp_path)
     assert report.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
-    if case == "no marks":
-        assert (tmp_path / "README.md").read_text() == "nothing here\n"
-
-
-DIFFERENT = [
-    ({"env_id": "Car-v0"}, "env_id"),
-    ({"fingerprint": "ab"}, "fingerprint"),
-    ({"algorithm": "BC"}, "algorithm"),
-    ("setting", "expectile"),
-    ("start", "from a checkpoint"),
-]
-
-
-@pytest.mark.parametrize("change, name", DIFFERENT)
-def test_runs_that_differ_in_more_than_seeds_are_not_joined(tmp_path, capsys, change, name):
-    changes = {} if isinstance(change, str) else change
-    fake_run(tmp_path / "a", seeds=(0, 1))
-    fake_run(tmp_path / "b", seeds=(2, 3), scores=(50.0, 50.0), **changes)
-    if change == "setting":
-        (tmp_path / "a" / "config.yaml").write_text("expectile: 0.7\nseed: 0\n")
-        (tmp_path / "b" / "config.yaml").write_text("expectile: 0.9\nseed: 2\n")
-    if change == "start":
-        (tmp_path / "b" / "environment.json").write_text('{"checkpoint": "runs/a"}')
-    groups = report.read_runs(tmp_path)
-    rows = report.table(groups).splitlines()[2:]
-    assert ["20.0 ± 10.0" in row for row in rows] == [True, False]
-    assert f"b differs from other runs of IQL in {name}: a row" in capsys.readouterr().err
-    report.picture(groups, tmp_path / "report.png")
-
-
-def test_joined_runs_name_each_commit(tmp_path, capsys):
-    for seed, commit in ((0, "a" * 40), (1, "a" * 40), (2, "b" * 40 + "-dirty"), (3, None)):
-        folder = tmp_path / str(seed)
-        fake_run(folder, seeds=(seed,), scores=(1.0,), best=(1.0,), commit=commit)
-        newer = f"label: IQL\nupdates_per_step: {seed}\n" if seed == 1 else "label: ''\n"
-        text = f"expectile: 0.7\nseed: {seed}\ndevice: {seed}\n{newer}"
-        (folder / "config.yaml").write_text(text)
-    row = report.table(report.read_runs(tmp_path)).splitlines()[-1]
-    assert "| 4 |" in row and row.endswith("| aaaaaaaa, bbbbbbbb-dirty, unknown |")
-    assert not capsys.readouterr().err
-
-
-def test_every_label_of_the_stored_results_has_a_colour_of_its_own():
-    groups = report.read_runs(REPOSITORY / "benchmarks" / "results")
-    labels = {label for rows in groups.values() for label, *_ in rows}
-    assert len(set(report.COLORS)) == len(report.COLORS) >= len(labels)
+    assert contents(tmp_path) == before
