@@ -88,10 +88,13 @@ class Game:
 CARTPOLE = {"steps": 300_000, "warmup": 10_000, "exploration": 150_000, "memory": 10_000}
 CARTPOLE |= {"update_every": 10, "copy_every": 500, "batch_size": 128, "lr": 2.5e-4}
 CARTPOLE |= {"error_clip": 100.0}
+LANDER = {"package": "gymnasium[box2d]", "steps": 200_000, "exploration": 50_000}
+LANDER |= {"memory": 50_000, "update_every": 1, "copy_every": 250, "batch_size": 128}
+LANDER |= {"lr": 6.3e-4, "error_clip": 100.0}
 MINATAR = {"package": "minatar", "limit": 2_500, "steps": 600_000}
 GAMES = {
     "cartpole": Game("CartPole-v1", **CARTPOLE),
-    "lunarlander": Game("LunarLander-v3", "gymnasium[box2d]", steps=300_000, error_clip=100.0),
+    "lunarlander": Game("LunarLander-v3", **LANDER),
     "minatar-breakout": Game("MinAtar/Breakout-v1", **MINATAR),
     "minatar-asterix": Game("MinAtar/Asterix-v1", **MINATAR),
     "minatar-space-invaders": Game("MinAtar/SpaceInvaders-v1", **MINATAR),
@@ -127,12 +130,8 @@ class DQN:
 
     def __init__(self, game: Game, env: gym.Env, seed: int, on_step: Callable[[int], None]):
         torch.manual_seed(seed)
-        self.game, self.rng, self.on_step, self.steps = (
-            game,
-            np.random.default_rng(seed),
-            on_step,
-            0,
-        )
+        self.game, self.on_step, self.steps = game, on_step, 0
+        self.rng = np.random.default_rng(seed)
         self.actions = int(env.action_space.n)
         self.net = Network(env)
         self.target = copy.deepcopy(self.net).requires_grad_(False)
