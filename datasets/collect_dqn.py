@@ -310,13 +310,17 @@ def read_log(name: str) -> tuple[list[EpisodeBuffer], dict, dict]:
     folder = minari.storage.get_dataset_path(dataset_id(name, "log"))
     if not (folder / "data" / "metadata.json").is_file() or not (folder / "policies.pt").is_file():
         raise Problem(f"{folder} has no log: run 'python datasets/collect_dqn.py {name} log' first")
-    storage = MinariStorage.read(folder / "data")
     keys = ("env_id", "algorithm", "seed", "learner_steps", "medium_step", "best_step")
     keys += ("ref_min_score", "ref_max_score")
-    about = {key: storage.metadata[key] for key in keys}
-    stored = storage.get_episodes(range(storage.total_episodes))
-    episodes = [EpisodeBuffer(**{key: each[key] for key in collect.ARRAYS}) for each in stored]
-    return episodes, about, torch.load(folder / "policies.pt", weights_only=True)
+    try:
+        storage = MinariStorage.read(folder / "data")
+        about = {key: storage.metadata[key] for key in keys}
+        stored = storage.get_episodes(range(storage.total_episodes))
+        episodes = [EpisodeBuffer(**{key: each[key] for key in collect.ARRAYS}) for each in stored]
+        return episodes, about, torch.load(folder / "policies.pt", weights_only=True)
+    except Exception as error:  # h5py, Minari and torch each have errors of their own
+        text = f"{folder} cannot be read ({type(error).__name__})"
+        raise Problem(f"{text}: move it away and record the log again") from None
 
 
 def dataset_id(name: str, tier: str) -> str:
@@ -328,6 +332,7 @@ def record_tier(name: str, tier: str, steps: Optional[int], seed: int, out: Opti
     target = (out or minari.storage.get_dataset_path(dataset_id(name, tier))).resolve()
     if target.exists():
         raise Problem(f"{target} exists: delete it, or give another --out")
+    target.parent.mkdir(parents=True, exist_ok=True)  # before minutes of learning
     game, env = GAMES[name], make(GAMES[name])
     episodes, about, policies = make_log(name, steps, seed) if tier == "log" else read_log(name)
     if tier == "medium":
@@ -363,8 +368,11 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # the order of sums, and so every bit, depends on it
     try:
-        if args.steps is not None and (args.tier != "log" or args.steps < EVALUATIONS):
-            raise Problem(f"--steps {args.steps}: give at least {EVALUATIONS}, and only with log")
+        least = 2 * GAMES[args.game].warmup  # so that there are evaluations to choose from
+        if args.steps is not None and (args.tier != "log" or args.steps < least):
+            raise Problem(f"--steps {args.steps}: give at least {least}, and only with log")
+        if args.seed < 0:
+            raise Problem(f"--seed {args.seed}: give 0 or more")
         record_tier(args.game, args.tier, args.steps, args.seed, args.out)
     except (Problem, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
