@@ -25,6 +25,8 @@ start reaches the goal, as the controller's without noise do; 0 = random actions
 
     umaze, medium, large  from any cell to random cells, one after the other
     stitch                in a cross of corridors; no episode runs from the start to the goal
+
+Numbered actions (CartPole, MinAtar): collect_dqn.py.
 """
 
 import argparse

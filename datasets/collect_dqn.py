@@ -88,10 +88,13 @@ class Game:
 CARTPOLE = {"steps": 300_000, "warmup": 10_000, "exploration": 150_000, "memory": 10_000}
 CARTPOLE |= {"update_every": 10, "copy_every": 500, "batch_size": 128, "lr": 2.5e-4}
 CARTPOLE |= {"error_clip": 100.0}
+LANDER = {"package": "gymnasium[box2d]", "steps": 200_000, "exploration": 50_000}
+LANDER |= {"memory": 50_000, "update_every": 1, "copy_every": 250, "batch_size": 128}
+LANDER |= {"lr": 6.3e-4, "error_clip": 100.0}
 MINATAR = {"package": "minatar", "limit": 2_500, "steps": 600_000}
 GAMES = {
     "cartpole": Game("CartPole-v1", **CARTPOLE),
-    "lunarlander": Game("LunarLander-v3", "gymnasium[box2d]", steps=300_000, error_clip=100.0),
+    "lunarlander": Game("LunarLander-v3", **LANDER),
     "minatar-breakout": Game("MinAtar/Breakout-v1", **MINATAR),
     "minatar-asterix": Game("MinAtar/Asterix-v1", **MINATAR),
     "minatar-space-invaders": Game("MinAtar/SpaceInvaders-v1", **MINATAR),
@@ -127,12 +130,8 @@ class DQN:
 
     def __init__(self, game: Game, env: gym.Env, seed: int, on_step: Callable[[int], None]):
         torch.manual_seed(seed)
-        self.game, self.rng, self.on_step, self.steps = (
-            game,
-            np.random.default_rng(seed),
-            on_step,
-            0,
-        )
+        self.game, self.on_step, self.steps = game, on_step, 0
+        self.rng = np.random.default_rng(seed)
         self.actions = int(env.action_space.n)
         self.net = Network(env)
         self.target = copy.deepcopy(self.net).requires_grad_(False)
@@ -313,13 +312,17 @@ def read_log(name: str) -> tuple[list[EpisodeBuffer], dict, dict]:
     folder = minari.storage.get_dataset_path(dataset_id(name, "log"))
     if not (folder / "data" / "metadata.json").is_file() or not (folder / "policies.pt").is_file():
         raise Problem(f"{folder} has no log: run 'python datasets/collect_dqn.py {name} log' first")
-    storage = MinariStorage.read(folder / "data")
     keys = ("env_id", "algorithm", "seed", "learner_steps", "medium_step", "best_step")
     keys += ("ref_min_score", "ref_max_score")
-    about = {key: storage.metadata[key] for key in keys}
-    stored = storage.get_episodes(range(storage.total_episodes))
-    episodes = [EpisodeBuffer(**{key: each[key] for key in collect.ARRAYS}) for each in stored]
-    return episodes, about, torch.load(folder / "policies.pt", weights_only=True)
+    try:
+        storage = MinariStorage.read(folder / "data")
+        about = {key: storage.metadata[key] for key in keys}
+        stored = storage.get_episodes(range(storage.total_episodes))
+        episodes = [EpisodeBuffer(**{key: each[key] for key in collect.ARRAYS}) for each in stored]
+        return episodes, about, torch.load(folder / "policies.pt", weights_only=True)
+    except Exception as error:  # h5py, Minari and torch each have errors of their own
+        text = f"{folder} cannot be read ({type(error).__name__})"
+        raise Problem(f"{text}: move it away and record the log again") from None
 
 
 def dataset_id(name: str, tier: str) -> str:
@@ -331,6 +334,7 @@ def record_tier(name: str, tier: str, steps: Optional[int], seed: int, out: Opti
     target = (out or minari.storage.get_dataset_path(dataset_id(name, tier))).resolve()
     if target.exists():
         raise Problem(f"{target} exists: delete it, or give another --out")
+    target.parent.mkdir(parents=True, exist_ok=True)  # before minutes of learning
     game, env = GAMES[name], make(GAMES[name])
     episodes, about, policies = make_log(name, steps, seed) if tier == "log" else read_log(name)
     if tier == "medium":
@@ -366,8 +370,11 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # the order of sums, and so every bit, depends on it
     try:
-        if args.steps is not None and (args.tier != "log" or args.steps < EVALUATIONS):
-            raise Problem(f"--steps {args.steps}: give at least {EVALUATIONS}, and only with log")
+        least = 2 * GAMES[args.game].warmup  # so that there are evaluations to choose from
+        if args.steps is not None and (args.tier != "log" or args.steps < least):
+            raise Problem(f"--steps {args.steps}: give at least {least}, and only with log")
+        if args.seed < 0:
+            raise Problem(f"--seed {args.seed}: give 0 or more")
         record_tier(args.game, args.tier, args.steps, args.seed, args.out)
     except (Problem, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -142,6 +142,9 @@ def test_log_repeats_itself_and_its_parts_are_of_it(tmp_path, capsys):
     part, about = read("cartpole/medium")
     assert len(part) == 4 and about["epsilon"] == 0.05 and about["medium_step"] in (200, 400, 600)
     capsys.readouterr()
+    log = minari.storage.get_dataset_path("stitch/cartpole/log-v0")
+    (log / "policies.pt").write_bytes(b"no weights")
+    assert "record the log again" in check_error(capsys, "cartpole", "uniform-1")
 
 
 def replay(episodes):
@@ -187,8 +190,11 @@ def test_errors_are_one_line_and_keep_what_is_there(tmp_path, capsys):
     assert "cartpole log' first" in check_error(capsys, "cartpole", "uniform-10")
     (tmp_path / "old").mkdir()
     assert "exists" in check_error(capsys, "cartpole", "log", "--out", tmp_path / "old")
-    assert "--steps 1" in check_error(capsys, "cartpole", "log", "--steps", 1)
     assert "5000" in check_error(capsys, "minatar-breakout", "log", "--steps", 600)
+    assert "--steps 199: give at least 200" in check_error(
+        capsys, "cartpole", "log", "--steps", 199
+    )
+    assert "--seed -1" in check_error(capsys, "cartpole", "log", "--seed", -1)
     assert "only with log" in check_error(capsys, "cartpole", "medium", "--steps", 900)
     assert not (tmp_path / "store").exists() or not list((tmp_path / "store").rglob("*.json"))
 
