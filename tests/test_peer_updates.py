@@ -7,12 +7,13 @@ README.md says how they were made and what the keys mean. Member 1 of two repeat
 import functools
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, load_script
+from conftest import DISCRETE, REPOSITORY, SCRIPTS, load_script
 from plain import make_units
 
 FOLDER, BOUND = Path(__file__).parent / "peer_updates", 1e-8
@@ -140,6 +141,19 @@ def test_updates_equal_the_peers(name, monkeypatch):
 
 
 def test_every_algorithm_has_a_peer():
-    """But BRAC, whose authors' code needs TensorFlow 1, EDAC (its D1) and X-QL."""
+    """But BRAC, whose authors' code needs TensorFlow 1, EDAC (its D1), X-QL and discrete ones.
+
+    README's table says the same, with the bound.
+    """
     scripts = {Path(load(name)[1]["script"]).stem for name in FILES}
-    assert scripts == set(SCRIPTS) - {"brac", "edac", "xql"} and len(FILES) == 16
+    without = {"brac", "edac", "xql", *DISCRETE}
+    assert scripts == set(SCRIPTS) - without and len(FILES) == 16
+    rows = {"CORL": set(), "the authors": set(), "none": without}
+    for settings, stitch, _ in map(load, FILES):
+        kind = next(name for name in rows if settings["peer"].startswith(name))
+        rows[kind].add(Path(stitch["script"]).stem)
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert f"{BOUND:g}".replace("e-0", "e-") in text
+    for kind, expected in rows.items():
+        (line,) = [x for x in text.splitlines() if x.startswith((f"| {kind}", f"| [{kind}]"))]
+        assert set(re.findall(r"`(\w+)`", line)) == expected

@@ -10,8 +10,10 @@ import pytest
 from conftest import REPOSITORY, SCRIPTS, load_script
 from test_report import report
 
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+PAGES = [REPOSITORY / name for name in ("README.md", "benchmarks/README.md", "datasets/README.md")]
+TEXTS = {path: path.read_text(encoding="utf-8") for path in PAGES}
+README = TEXTS[PAGES[0]]
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", "".join(TEXTS.values()), re.DOTALL | re.MULTILINE)
 SHELL = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if line]
 PYTHON = [shlex.split(line, comments=True) for line in SHELL if line.startswith("python ")]
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -73,9 +75,14 @@ def test_make_targets_exist():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert target.startswith("https://") or (REPOSITORY / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", TEXTS[page]):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_one_sitting_reads_it():
+    assert README.count("\n") <= 220
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -154,10 +154,8 @@ def readme_text(scores) -> str:
     counts = sorted({*scores.runs["final_eval_episodes"]})
     episodes = f"{counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "")
     text = f"Last policies, mean ± standard deviation over four seeds, {episodes} episodes each. "
-    text += "Best policies, commits and suites: [report.md](benchmarks/results/report.md).\n\n"
-    text += markdown(overview_table(scores))
-    online = markdown(online_table(scores))
-    return text + (f"\n{online}" if online else "")
+    text += "Best policies, commits, suites, online: [report.md](benchmarks/results/report.md).\n\n"
+    return text + markdown(overview_table(scores))
 
 
 def all_tables(scores) -> dict:
