@@ -200,16 +200,19 @@ class Data:
     @cached_property
     def trial(self) -> tuple[str, str]:
         """What the scripts print as they try the environment, and why they refuse it."""
-        frame, told, space = trainer(), io.StringIO(), self.metadata["action_space"]
+        space, seen = self.metadata["action_space"], self.metadata["observation_space"]
+        frame, told = trainer(space), io.StringIO()
+        space, size = frame.as_box(space), gym.spaces.flatdim(seen)
         if not isinstance(space, gym.spaces.Box):
-            return "", ""  # it takes a script for such actions
+            return "", ""  # no script takes such actions
         low, high = space.low.ravel().astype(float), space.high.ravel().astype(float)
         if not space.is_bounded():
             low, high = self.actions.min(0), self.actions.max(0)
-        units = {"obs_mean": np.zeros(self.obs.shape[1]), "obs_std": np.ones(self.obs.shape[1])}
+        units = {"obs_mean": np.zeros(size), "obs_std": np.ones(size)}
         units |= {"action_center": (low + high) / 2, "action_half_range": (high - low) / 2}
+        units |= {"return_range": np.zeros(2), "frame_shape": np.array(seen.shape or [size])}
         cfg = frame.TrainConfig(env_id=self.env_id)
-        agent = frame.Agent(cfg, {**units, "return_range": np.zeros(2)})
+        agent = getattr(frame, "DiscreteAgent", frame.Agent)(cfg, units)
         metadata = {**self.metadata, "longest_episode": int(self.lengths.max())}
         try:
             with redirect_stderr(io.StringIO()), redirect_stdout(told), warnings.catch_warnings():
@@ -255,14 +258,15 @@ def script(place: str):
     """A file of this repository as a module: what it does is done by it alone."""
     path = REPOSITORY / place
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # finds itself there
     spec.loader.exec_module(module)
     return module
 
 
-def trainer():
-    """A training script, for what all of them do."""
-    return script("algorithms/bc.py")
+def trainer(actions: gym.Space | None = None):
+    """A training script, for what all of them do that take such actions."""
+    numbered = isinstance(actions, gym.spaces.Discrete)
+    return script(f"algorithms/{'dqn' if numbered else 'bc'}.py")
 
 
 def converter():

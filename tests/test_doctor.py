@@ -13,7 +13,17 @@ import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
-from conftest import TOY_ENV, contents, load_script, load_tool, toy_episode, words, write_dataset
+from conftest import (
+    TOY_DISCRETE_ENV,
+    TOY_ENV,
+    contents,
+    discrete_episodes,
+    load_script,
+    load_tool,
+    toy_episode,
+    words,
+    write_dataset,
+)
 from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_storage import MinariStorage
 from minari.serialization import serialize_space
@@ -42,6 +52,8 @@ def clean(tmp_path_factory):
 
 class Patient:
     """A copy of the clean set, to plant faults into."""
+
+    env_id = "auto"
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -76,7 +88,7 @@ class Patient:
         return doctor.diagnose(self.load())
 
     def load(self):
-        return doctor.load(str(self.folder))
+        return doctor.load(str(self.folder), self.env_id)
 
     def notes(self) -> str:
         return "\n".join(doctor.notes(self.load()))
@@ -914,7 +926,9 @@ def write_frames(folder: Path, episodes: list, space: gym.Space | None = None) -
     about = {"dataset_id": "toy/frames-v0", "total_episodes": len(episodes)}
     about |= {"ref_min_score": 0.0, "ref_max_score": 1.0}  # returns of -10 are -1,000 of these
     storage.update_metadata({**about, "total_steps": sum(len(e.rewards) for e in episodes)})
-    return Patient(folder / "data")
+    patient = Patient(folder / "data")
+    patient.env_id = "none"
+    return patient
 
 
 @pytest.fixture
@@ -936,6 +950,15 @@ def test_images_with_numbered_actions_are_fine(frames):
     assert "brightness 0" in page and "action shares " + " ".join(shares) in page
     assert "3 frames of zeros" in frames.notes()
     assert "seen before  0 steps, 0 whole episodes" in page
+
+
+@pytest.mark.parametrize("env_id, title", [("CartPole-v1", None), ("Acrobot-v1", "another one")])
+def test_numbered_actions_are_tried_in_their_environment(tmp_path, env_id, title):
+    """By the trainer of such actions."""
+    folder = write_dataset(tmp_path, "own/numbers-v0", discrete_episodes(), env=TOY_DISCRETE_ENV)
+    data = doctor.load(str(folder), env_id)
+    found = [finding.title for finding in doctor.check_environment(data)]
+    assert found == [] if title is None else title in found[0]
 
 
 def test_images_of_bits_are_drawn(tmp_path, monkeypatch):
