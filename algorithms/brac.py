@@ -633,7 +633,9 @@ def load_dataset(cfg, agent_class=Agent) -> tuple:
     lengths = [len(episode["reward"]) for episode in episodes]
     digest = hashlib.sha256(np.array(lengths, "<i8").tobytes())
     for name, episode in itertools.product(NAMES, episodes):
-        digest.update(episode[name].astype("<f4").tobytes())
+        values = episode[name]
+        values = values if values.dtype == np.uint8 else values.astype("<f4")
+        digest.update(np.ascontiguousarray(values))
     more = {"fingerprint": digest.hexdigest()[:16], "longest_episode": max(lengths)}
     more["frame_shape"] = shape
     return episodes, space, {**metadata, **more}
@@ -654,7 +656,8 @@ def read_episode(stored: dict, storage, where: str) -> dict:
             native = values.dtype.newbyteorder("=")
             values = episode[name] = values.reshape(shape).astype(native, copy=False)
             unknown = name == "obs" and np.isnan(values[-1]).all() and not raw["terminated"].any()
-            right = (np.abs(values[:-1] if unknown else values) < 3e38).all()  # float32's range
+            known, small = values[:-1] if unknown else values, values.dtype.itemsize == 1
+            right = small or (np.abs(known) < 3e38).all()  # float32's range
         if right and name == "action":
             slack = 1e-5 * np.maximum(1, np.abs(values))  # rounding
             right = ((values >= low - slack) & (values <= high + slack)).all()
@@ -745,8 +748,10 @@ def try_environment(env: gym.Env, agent: nn.Module) -> None:
     half, wrapper = agent.action_half_range.cpu().numpy(), env
     ends = np.stack([middle - half, middle + half, box.low.ravel(), box.high.ravel()])
     if not np.allclose(ends[:2], ends[2:], rtol=1e-3):
-        text = "WARNING: actions of the data lie in [{}, {}], those of the environment in [{}, {}]"
-        print(text.format(*ends))
+        text = "actions of the data lie in [{}, {}], those of the environment in [{}, {}]"
+        inside = (ends[:2] >= ends[2]).all() and (ends[:2] <= ends[3]).all()
+        check(inside or agent.actions is gym.spaces.Box, f"{env.spec.id}: {text.format(*ends)}")
+        print("WARNING:", text.format(*ends))
     while isinstance(wrapper, gym.Wrapper):
         counts = type(wrapper).__name__ in ("NormalizeObservation", "NormalizeReward")
         check(not counts, f"{env.spec.id}: {type(wrapper).__name__} has statistics that run on")
@@ -1103,7 +1108,8 @@ def build(run: Run, agent_class, online_class) -> None:
         check(0 <= run.step <= last, past)
         check(first == cfg.seed, f"checkpoint: its first seed is {first}: give --seed {first}")
         check(normal == cfg.normalize_obs, f"checkpoint: its normalize_obs is {normal}: set it so")
-    table = agent.table(episodes)
+    with explained(f"{cfg.dataset_id} does not go into the memory of {device}"):
+        table = agent.table(episodes)
     check(len(table["obs"]), f"dataset {cfg.dataset_id} has no step to learn from")
     if online_class and cfg.online_steps:
         check(run.spec, "online_steps: there is nothing to play: set env_id")

@@ -5,8 +5,7 @@ Aravind Srinivas, Igor Mordatch: "Decision Transformer: Reinforcement Learning v
 Modeling", 2021, arXiv 2106.01345, section 4.1.
 
 A causal transformer reads the last K steps as tokens R_1, s_1, a_1, R_2, s_2, a_2, ... and predicts
-a_t from the token of s_t. R_t is the return-to-go: what the episode still brings. In evaluation R
-starts at a target return of choice, so the policy is asked for that return.
+a_t from the token of s_t. R_t is the return-to-go: what the episode still brings, or is asked for.
 
     L_pi = E_windows,t[ -log pi(a_t | R_1, s_1, a_1, ..., R_t, s_t) ]
            with R_t = sum of r from t to the episode's end, divided by `return_scale`
@@ -192,6 +191,7 @@ class DiscreteConfig(RunConfig):
 class TrainConfig(DiscreteConfig):
     """DT's own settings; defaults: the authors' for Atari, with targets of ours."""
 
+    eval_epsilon: float = setting(0.0, 0, 0)  # none is random: windows hold what the policy chose
     num_updates: int = setting(20_000, 1, 10**10)  # gradient updates of each member
     batch_size: int = setting(128, 1, 10**6)  # windows per member and update
     context: int = setting(30, 1, 10_000)  # K, steps of a window; three tokens a step
@@ -535,6 +535,7 @@ class DiscreteAgent(Agent):
         check(not ranged, "reward_by_return_range is not for discrete actions: set it to false")
         if cfg.encoder == "nature":
             self.obs_std.fill_(255)
+        torch.backends.cudnn.allow_tf32 = False  # convolutions as exact as all else
         stack = {"stack_size": cfg.frame_stack, "padding_type": "zero"}
         wrappers = {"gymnasium.wrappers:FlattenObservation": {}}
         wrappers["gymnasium.wrappers:FrameStackObservation"] = stack
@@ -562,19 +563,30 @@ class DiscreteAgent(Agent):
         reward = cfg.reward_scale * parts["reward"].float() + cfg.reward_shift
         reward = reward.clamp(-1, 1) if cfg.clip_rewards else reward
         small = parts["obs"].dtype in (torch.uint8, torch.bool)
+        known = cfg.encoder != "nature" or parts["obs"].dtype == torch.uint8
+        check(known, "encoder: nature is for images of bytes, from 0 to 255: use another")
         frames = parts["obs"].byte() if small else parts["obs"].float()
         steps = {"action": action.long(), "reward": reward}
         return {"frames": frames, **steps, "terminated": parts["terminated"].float()}
 
     def table(self, episodes: list) -> dict:
         """Frames of all episodes, and of each step the places of its own and of the first one."""
-        rows = [self.rows(episode) for episode in episodes]
+        rows, sizes, frames = [], [], None
+        most = sum(len(episode["obs"]) for episode in episodes)
+        for episode in episodes:
+            rows.append(self.rows(episode))
+            own, at = rows[-1].pop("frames"), sum(sizes)
+            frames = own.new_empty(most, *own.shape[1:]) if frames is None else frames
+            frames[at : at + len(own)] = own
+            sizes.append(len(own))
+            episode.clear()  # all are never in memory twice
         table = {name: torch.cat([each[name] for each in rows]) for name in rows[0]}
-        sizes = torch.tensor([len(each["frames"]) for each in rows])
-        starts, lengths = sizes.cumsum(0) - sizes, sizes - 1
-        episode = torch.arange(len(rows)).repeat_interleave(lengths)
-        places = {"obs": torch.arange(len(episode)) + episode, "start": starts[episode]}
-        return table | {name: at.to(self.obs_mean.device) for name, at in places.items()}
+        sizes = torch.tensor(sizes)
+        starts, number = sizes.cumsum(0) - sizes, torch.arange(len(rows))
+        number = number.repeat_interleave(sizes - 1)
+        places = {"obs": torch.arange(len(number)) + number, "start": starts[number]}
+        table |= {name: at.to(self.obs_mean.device) for name, at in places.items()}
+        return {**table, "frames": frames}
 
     def gather(self, table: dict, rows: Tensor, ahead: int = 1) -> dict:
         """The batch at `rows` [S, B]: stacks of frames here and, unless `ahead` is 0, a step on."""
@@ -597,7 +609,7 @@ class EpsilonGreedy(gym.ActionWrapper):
         self.epsilon = epsilon
 
     def reset(self, *, seed=None, options=None):
-        self.draws = np.random.default_rng(seed)
+        self.draws = np.random.default_rng(None if seed is None else [seed, 1])  # not the env's
         return self.env.reset(seed=seed, options=options)
 
     def action(self, action):
@@ -873,7 +885,9 @@ def load_dataset(cfg, agent_class=Agent) -> tuple:
     lengths = [len(episode["reward"]) for episode in episodes]
     digest = hashlib.sha256(np.array(lengths, "<i8").tobytes())
     for name, episode in itertools.product(NAMES, episodes):
-        digest.update(episode[name].astype("<f4").tobytes())
+        values = episode[name]
+        values = values if values.dtype == np.uint8 else values.astype("<f4")
+        digest.update(np.ascontiguousarray(values))
     more = {"fingerprint": digest.hexdigest()[:16], "longest_episode": max(lengths)}
     more["frame_shape"] = shape
     return episodes, space, {**metadata, **more}
@@ -894,7 +908,8 @@ def read_episode(stored: dict, storage, where: str) -> dict:
             native = values.dtype.newbyteorder("=")
             values = episode[name] = values.reshape(shape).astype(native, copy=False)
             unknown = name == "obs" and np.isnan(values[-1]).all() and not raw["terminated"].any()
-            right = (np.abs(values[:-1] if unknown else values) < 3e38).all()  # float32's range
+            known, small = values[:-1] if unknown else values, values.dtype.itemsize == 1
+            right = small or (np.abs(known) < 3e38).all()  # float32's range
         if right and name == "action":
             slack = 1e-5 * np.maximum(1, np.abs(values))  # rounding
             right = ((values >= low - slack) & (values <= high + slack)).all()
@@ -985,8 +1000,10 @@ def try_environment(env: gym.Env, agent: nn.Module) -> None:
     half, wrapper = agent.action_half_range.cpu().numpy(), env
     ends = np.stack([middle - half, middle + half, box.low.ravel(), box.high.ravel()])
     if not np.allclose(ends[:2], ends[2:], rtol=1e-3):
-        text = "WARNING: actions of the data lie in [{}, {}], those of the environment in [{}, {}]"
-        print(text.format(*ends))
+        text = "actions of the data lie in [{}, {}], those of the environment in [{}, {}]"
+        inside = (ends[:2] >= ends[2]).all() and (ends[:2] <= ends[3]).all()
+        check(inside or agent.actions is gym.spaces.Box, f"{env.spec.id}: {text.format(*ends)}")
+        print("WARNING:", text.format(*ends))
     while isinstance(wrapper, gym.Wrapper):
         counts = type(wrapper).__name__ in ("NormalizeObservation", "NormalizeReward")
         check(not counts, f"{env.spec.id}: {type(wrapper).__name__} has statistics that run on")
@@ -1353,7 +1370,8 @@ def build(run: Run, agent_class, online_class) -> None:
         check(0 <= run.step <= last, past)
         check(first == cfg.seed, f"checkpoint: its first seed is {first}: give --seed {first}")
         check(normal == cfg.normalize_obs, f"checkpoint: its normalize_obs is {normal}: set it so")
-    table = agent.table(episodes)
+    with explained(f"{cfg.dataset_id} does not go into the memory of {device}"):
+        table = agent.table(episodes)
     check(len(table["obs"]), f"dataset {cfg.dataset_id} has no step to learn from")
     if online_class and cfg.online_steps:
         check(run.spec, "online_steps: there is nothing to play: set env_id")

@@ -527,7 +527,9 @@ def fingerprint(episodes: list[EpisodeBuffer]) -> str:
     digest = hashlib.sha256(np.array([len(e.rewards) for e in episodes], "<i8").tobytes())
     for name in ("actions", "observations", "rewards", "terminations", "truncations"):
         for episode in episodes:
-            digest.update(getattr(episode, name).astype("<f4").tobytes())
+            values = getattr(episode, name)
+            values = values if values.dtype == np.uint8 else values.astype("<f4")
+            digest.update(np.ascontiguousarray(values))
     return digest.hexdigest()[:16]
 
 

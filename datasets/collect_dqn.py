@@ -371,8 +371,8 @@ def main(argv=None) -> int:
         least = 2 * GAMES[args.game].warmup  # so that there are evaluations to choose from
         if args.steps is not None and (args.tier != "log" or args.steps < least):
             raise Problem(f"--steps {args.steps}: give at least {least}, and only with log")
-        if args.seed < 0:
-            raise Problem(f"--seed {args.seed}: give 0 or more")
+        if not 0 <= args.seed < 2**31:
+            raise Problem(f"--seed {args.seed}: give one from 0 to {2**31 - 1}")
         record_tier(args.game, args.tier, args.steps, args.seed, args.out)
     except (Problem, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

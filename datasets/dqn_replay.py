@@ -21,7 +21,8 @@ Episodes, after what Dopamine's buffer writes:
   nobody bootstraps. Dopamine marks its limit of 27,000 steps as a terminal, too: such an episode is
   truncated here, without its last step, whose next frame is unknown.
 - The end of a shard cuts an episode, which then has no end, again without its last step; the
-  next shard's first rows are an episode of their own.
+  next shard's first rows are an episode of their own, whose length counts from there: one that
+  reaches the limit of 27,000 steps in it stays a terminal.
 - Rewards are as Dopamine kept them: clipped to [-1, 1]. Those of the environment are not.
 - All this is counted, printed, and stored in the metadata as `counts`.
 
@@ -388,10 +389,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=CACHE, help="downloads (%(default)s)")
     parser.add_argument("--force", action="store_true", help="replace a set that is in the store")
     args = parser.parse_args(argv)
-    named = re.fullmatch(r"([\w-]+?)-run(\d)(?:-([\d_]+)pct)?(?:-v0)?", args.game or "")
+    part = r"([\w-]+?)-run(\d)(?:-shards-([\d-]+?))?(?:-([\d_]+)pct)?(?:-v0)?"
+    named = re.fullmatch(part, args.game or "")
     if named:  # as scripts call a set that is missing
         args.game, args.run = named[1], int(named[2])
-        args.share = float(named[3].replace("_", ".")) / 100 if named[3] else args.share
+        args.shards = [int(shard) for shard in named[3].split("-")] if named[3] else args.shards
+        args.share = float(named[4].replace("_", ".")) / 100 if named[4] else args.share
     if not args.game and not args.list:
         parser.error("name a game")
     if not 1 <= args.run <= 5:

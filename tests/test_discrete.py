@@ -146,6 +146,35 @@ def test_continuous_scripts_take_neither(iql, refused):
     refused(iql, words(dataset_id="own/images-v0"), "Discrete(3", "Box")
 
 
+def test_memory_that_does_not_suffice(dqn, refused, monkeypatch):
+    """As torch says it on any device: a RuntimeError."""
+
+    def full(*_):
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(dqn.DQN, "rows", full)
+    refused(dqn, words(), "memory", "can't allocate")
+
+
+def test_an_environment_that_lacks_actions_of_the_data(dqn, refused, monkeypatch, tmp_path):
+    """Their numbers mean nothing to it: none is played in place of another."""
+    changes = {"observations": np.zeros((6, 4)), "actions": np.array([0, 1, 2, 1, 0])}
+    spaces = {"observation_space": gym.spaces.Box(-np.inf, np.inf, (4,), np.float64)}
+    spaces["action_space"] = gym.spaces.Discrete(3)
+    episode = toy_episode(np.random.default_rng(0), 5, True, **changes)
+    write_dataset(Path("store"), "own/three-v0", [episode], env=None, **spaces)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
+    refused(dqn, words(dataset_id="own/three-v0", env_id="CartPole-v1"), "CartPole-v1", "actions")
+
+
+def test_frames_are_in_memory_once(dqn):
+    """Each episode's are given back when they have been copied."""
+    episodes = load(dqn)[0]
+    agent, _ = made(dqn)
+    agent.table(episodes)
+    assert episodes == [{}, {}, {}]
+
+
 def test_actions_that_are_no_whole_numbers(dqn, refused, monkeypatch, tmp_path):
     rng = np.random.default_rng(0)
     changes = {"observations": rng.normal(size=(6, 4)), "actions": np.array([0, 1, 0.5, 1, 0])}

@@ -296,6 +296,10 @@ def test_the_mend_of_a_script_is_a_command(capsys):
     args = replay.parse([command[1]])
     assert (args.game, args.run, args.share) == ("space-invaders", 2, 0.01)
     assert replay.parse(["pong-run1"]).share == 1
+    for part in ({"share": 0.005}, {"shards": (0, 12)}, {"shards": (3,), "share": 0.1}):
+        log = replay.dataclasses.replace(replay.find_game("Pong", TABLE), run=2, **part)
+        args = replay.parse([log.minari_id.partition("/")[2].replace("/", "-")])
+        assert (args.run, tuple(args.shards), args.share) == (2, log.shards, log.share)
 
 
 def test_list_shows_the_games(capsys):

@@ -132,7 +132,7 @@ def test_stacks_are_those_that_the_environment_shows(dtype, encoder, shape, stac
     size, zeros = int(np.prod(shape)), [0.0, 0.0]
     units = ([0.0] * size, [1.0] * size, [1.0], [1.0], zeros, torch.tensor(shape))
     agent = script.DQN(cfg, dict(zip(script.DQN.units, units, strict=True)))
-    table = agent.table(episodes)
+    table = agent.table([{**each} for each in episodes])  # which empties them
     small = torch.float32 if dtype == np.float32 else torch.uint8
     assert table["frames"].dtype == small and table["frames"].shape == (6 + 1 + 9 + 3, size)
     rows = torch.arange(6 + 1 + 9)

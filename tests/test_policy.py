@@ -20,7 +20,7 @@ SIZES = [{"N": n, "T": t} for n, t in ((1, 1), (2, 3), (7, 2), (1, 20), (5, 20))
 KINDS = (torch.float64, torch.float16, torch.bfloat16)
 # What acting needs, where it is more than the actor.
 NETWORKS = {"bcq": {"actor", "vae", "critic", "eval_latents"}, "fql": {"actor", "waves"}}
-ACTORS = {"dqn": "critic", "discrete_cql": "critic"}
+ACTORS = {"dqn": "critic", "discrete_cql": "critic", "discrete_bcq": "critic"}
 # ONNX's reference implementation cannot gather from more than 64 candidates.
 SMALL = {"bcq": {"last_hidden_dim": 16, "vae_hidden_dim": 16, "eval_candidates": 32}}
 SMALL |= {"spot": {"vae_updates": 2, "vae_hidden_dim": 16}}

@@ -15,6 +15,8 @@ prove = load_tool("benchmarks/proofs/prove.py")
 
 NAMES = {
     "td3_bc_alpha",
+    "discrete_narrow",
+    "rem_wide",
     "brac_alpha",
     "awac_temperature",
     "bcq_support",

@@ -165,7 +165,7 @@ def test_the_overview_has_a_row_an_algorithm_and_a_column_a_dataset(tmp_path):
     assert table["algorithm"].tolist() == ["DT", "BC", "IQL", "Cal-QL"]
     assert table["toy/data-v0"].tolist()[:3] == ["3.0 ± 0.0 (2 seeds)", "1.0 ± 0.0", ""]
     text = report.readme_text(numbers.read(tmp_path))
-    assert report.markdown(table) in text and "at the switch" in text
+    assert report.markdown(table) in text and "at the switch" not in text
 
 
 def test_published_figures_stand_beside_d4rl_alone(tmp_path):
@@ -201,7 +201,7 @@ def test_every_published_figure_is_of_a_known_task():
 
 def test_an_algorithm_keeps_its_colour_and_no_two_share_one():
     labels = numbers.read(REPOSITORY / "benchmarks" / "results").runs["label"].unique()
-    assert set(labels) <= set(pictures.COLORS)
+    assert {pictures.look(label)["color"] for label in labels} <= {*pictures.COLORS.values()}
     assert len(set(pictures.COLORS.values())) == len(pictures.COLORS)
     assert pictures.look("Discrete CQL")["color"] == pictures.look("CQL")["color"]
     assert pictures.look("Mine") == pictures.look("Mine")
@@ -289,7 +289,7 @@ def test_names_are_text_on_the_page(tmp_path):
 def test_equations_and_deviations_are_read_from_every_script():
     for path in (REPOSITORY / "algorithms").glob("*.py"):
         text, deviations = page.docstring(path.stem)
-        assert any(kind == "pre" and "E_" in part for kind, part in text), path
+        assert any(kind == "pre" and re.search(r"E[_\[]", part) for kind, part in text), path
         wanted = len(re.findall(r"(?m)^    D\d+  ", path.read_text()))
         assert [name for name, _ in deviations] == [f"D{i + 1}" for i in range(wanted)], path
         assert not any("train/" in part for _, part in text), path

@@ -35,6 +35,8 @@ COLORS = {
     "BRAC": "#AA4466",
     "DT": "#00695C",
     "DQN": "#1A237E",
+    "QR-DQN": "#4CAF9A",
+    "REM": "#F06292",
 }
 MARKERS = "os^DvP*X<>"
 SPARE = ("#546E7A", "#7B1FA2", "#827717", "#4E342E", "#00838F", "#AD1457")

@@ -19,6 +19,7 @@ import store
 from scipy import stats
 
 NAMES = {"TD3BC": "TD3+BC", "CalQL": "Cal-QL", "XQL": "X-QL", "SACN": "SAC-N"}  # as in their papers
+NAMES |= {f"Discrete{name}": f"Discrete {name}" for name in ("CQL", "BCQ", "DT")}
 GROUP = ["data", "label", "updates", "steps", "number"]
 BUDGET = ["updates", "steps"]
 
