@@ -197,10 +197,8 @@ def test_games_of_optional_packages(dqn, game, monkeypatch, tmp_path, capsys):
         spec = gym.envs.registration.WrapperSpec
         skip = {"noop_max": 0, "frame_skip": 4, "screen_size": 84}
         place = "gymnasium.wrappers:AtariPreprocessing"
-    for package in dqn.PACKAGES:
-        module = pytest.importorskip(package) if package in ("minatar.gym", "ale_py") else None
-        if hasattr(module, "register_envs"):
-            module.register_envs()
+    else:
+        pytest.importorskip("minatar.gym").register_envs()
     spec_ = copy.deepcopy(gym.spec(game))
     if atari:
         spec_.kwargs = {**spec_.kwargs, **kwargs}
