@@ -1,13 +1,10 @@
 # Stitch. `make help` lists the targets. Needs git, GNU make 3.81 or later and Python 3.11 to 3.13;
 # the rest is set up in .venv on the first use, and again when requirements.txt changes.
 
-UPDATES ?= 10000
-SEEDS ?= 4
-CONFIG ?= configs/iql/hopper-medium-replay.yaml
-# Five evaluations in a short run, one every 5,000 updates in a long one.
-EVAL_EVERY ?= $(shell awk -v n='$(subst _,,$(UPDATES))' \
-	'BEGIN { e = int(n / 5); if (e < 1) e = 1; if (e > 5000) e = 5000; print e }')
-# Further arguments: of the script in `make train`, of pytest in `make test`.
+# Updates of each run; empty: 50,000 for Hopper, 20,000 in the maze.
+UPDATES ?=
+SEEDS ?= 2
+# Further arguments: of tools/challenge.py in `make train` and `make challenge`, else of pytest.
 ARGS ?=
 # A Python to use. Empty: the first that fits of those in PYTHONS.
 PYTHON ?=
@@ -45,13 +42,14 @@ NO_VENV = $(word 2,$(FOUND)) cannot make virtual environments (no ensurepip). On
 	sudo apt install python$(word 3,$(FOUND))-venv; or name another: make \
 	PYTHON=/path/to/python3.12 $(firstword $(MAKECMDGOALS) train)
 
-.PHONY: help setup train test lint clean
+.PHONY: help setup train challenge test lint clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make train                  train IQL on Hopper, $(UPDATES) updates, $(SEEDS) seeds, and report: minutes'
-	@echo 'make train UPDATES=1000000  the full length of the paper: hours on a CPU'
-	@echo '                            also: SEEDS=4 EVAL_EVERY=5000 CONFIG=configs/... ARGS="--device cpu"'
+	@echo 'make train                  BC and IQL on recorded Hopper, a picture and an answer: 7 minutes on two cores'
+	@echo 'make train UPDATES=1000000  the full length of the papers: hours on a CPU'
+	@echo 'make challenge              the same, and a maze where IQL joins parts of episodes: 10 minutes'
+	@echo '                            both take SEEDS=4 UPDATES=300 ARGS="--workers 1 --out FOLDER"'
 	@echo 'make test                   ruff and pytest on all cores; ARGS="-k iql" passes on to pytest'
 	@echo 'make lint                   ruff alone'
 	@echo 'make setup                  only the virtual environment in .venv (the others do it themselves)'
@@ -70,11 +68,14 @@ $(STAMP): requirements.txt
 		$(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)') -r requirements.txt
 	@touch $@
 
+CHALLENGE = $(BIN)/python tools/challenge.py
+LENGTH = --seeds $(SEEDS) $(if $(UPDATES),--updates $(UPDATES)) $(ARGS)
+
 train: $(STAMP)
-	@echo 'IQL, $(UPDATES) updates, $(SEEDS) seeds at once. The full length: make train UPDATES=1000000'
-	$(BIN)/python algorithms/iql.py --config $(CONFIG) --num_updates $(UPDATES) \
-		--num_seeds $(SEEDS) --eval_every $(EVAL_EVERY) $(ARGS)
-	$(BIN)/python tools/report.py runs
+	$(CHALLENGE) hopper $(LENGTH)
+
+challenge: $(STAMP)
+	$(CHALLENGE) hopper maze $(LENGTH)
 
 # One thread a worker: pytest-xdist already uses every core.
 test: lint

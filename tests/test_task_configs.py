@@ -25,13 +25,14 @@ RECORDED = {
     for game in ("cartpole", "minatar-breakout")
 }
 
-# of whatever folder there is, for D4RL's tasks, for OGBench's and for those of discrete actions
-FILES, OGBENCH_FILES, DISCRETE_FILES = {}, {}, {}
+# of whatever folder there is, for D4RL's tasks, OGBench's, those of discrete actions and the maze
+FILES, OGBENCH_FILES, DISCRETE_FILES, MAZE_FILES = {}, {}, {}, {}
+MAZE = "pointmaze-stitch"
 for path in sorted((REPOSITORY / "configs").glob("*/*.yaml")):
     online = "-online" if path.stem.endswith("-online") else ""  # a folder of its own: iql-online
     task = path.stem.removesuffix("-online")
     files = DISCRETE_FILES if task in REPLAYS | RECORDED else FILES
-    files = OGBENCH_FILES if task in OGBENCH else files
+    files = OGBENCH_FILES if task in OGBENCH else MAZE_FILES if task == MAZE else files
     files.setdefault(path.parent.name + online, []).append(path)
 # folders with a file for every task
 COMPLETE = ["awac", "bc", "bc_10", "bcq", "brac", "cql", "dt", "iql", "rebrac", "td3_bc"]
@@ -142,7 +143,7 @@ def test_both_phases_have_the_offline_configs_task(folder):
 @every_folder
 def test_every_file_is_of_a_task(folder):
     names = {path.name for path in FILES[folder][0].parent.iterdir()}
-    tasks = TASKS.keys() | OGBENCH.keys()
+    tasks = TASKS.keys() | OGBENCH.keys() | {MAZE}
     assert names <= {f"{task}{online}.yaml" for task in tasks for online in ("", "-online")}
 
 
@@ -918,3 +919,44 @@ def test_discrete_values_are_the_published_ones(folder):
         published |= per_part.get(path.stem.partition("-")[2].rpartition("-")[2], {})
         assert {name: getattr(config, name) for name in published} == published, path
         assert given.keys() <= published.keys() | TASK_FIELDS, path
+
+
+# ---- the bundled maze: what each paper has for antmaze-umaze, in small networks and short runs
+
+MAZE_SIZES = {"hidden_dim", "hidden_layers", "critic_hidden_layers", "vae_hidden_dim"}
+MAZE_SIZES |= {"num_updates", "vae_updates", "bc_updates", "warmup_updates", "online_steps"}
+MAZE_SIZES |= {"eval_every", "eval_episodes"}
+MAZE_FOLDERS = "bc bc_10 dt iql awac cql cal_ql td3_bc rebrac spot fql xql".split()
+
+
+def test_the_maze_has_a_file_for_each_of_these():
+    online = {name for name in MAZE_FILES if name.endswith("-online")} | {"cal_ql"}
+    assert online == {*ONLINE, "td3_bc-online"}
+    assert MAZE_FILES.keys() == {*MAZE_FOLDERS, *online}
+
+
+@pytest.mark.parametrize("folder", MAZE_FILES)
+def test_the_mazes_settings_are_antmazes_but_for_sizes(folder):
+    (path,) = MAZE_FILES[folder]
+    likes = [path.with_name(path.name.replace(MAZE, "antmaze-umaze"))]
+    likes += [path.with_name("antmaze-umaze.yaml")]  # nobody published TD3+BC's online
+    (config, given), (like, _) = read(path), read(next(x for x in likes if x.exists()))
+    names = {field.name for field in dataclasses.fields(config)}
+    apart = {name for name in names if getattr(config, name) != getattr(like, name)}
+    assert apart <= TASK_FIELDS | MAZE_SIZES
+    assert TASK_FIELDS & given.keys() == {"dataset_id"}  # the data know environment and scores
+    assert (REPOSITORY / config.dataset_id / "data" / "metadata.json").is_file()
+    assert {getattr(config, name) for name in MAZE_SIZES & names if "dim" in name} == {128}
+    assert {getattr(config, name) for name in MAZE_SIZES & names if "layers" in name} == {2}
+    assert config.num_updates - getattr(config, "vae_updates", 0) == 50_000
+    online = folder.endswith("-online") or folder == "cal_ql"
+    assert getattr(config, "online_steps", 0) == 50_000 * online
+
+
+@pytest.mark.parametrize("folder", MAZE_FILES)
+def test_the_mazes_files_repeat_no_default_and_name_their_source(folder):
+    (path,) = MAZE_FILES[folder]
+    default, (config, given) = script_of(path).TrainConfig(), read(path)
+    assert [k for k in given if getattr(config, k) == getattr(default, k)] == []
+    assert re.search(r"Source: .*antmaze-umaze.*(arXiv \d{4}\.\d{5}|github\.com)", comment(path))
+    assert max(map(len, path.read_text(encoding="utf-8").splitlines())) <= 100
