@@ -46,9 +46,9 @@ NO_VENV = $(word 2,$(FOUND)) cannot make virtual environments (no ensurepip). On
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make train                  BC and IQL on recorded Hopper, a picture and an answer: 7 minutes on two cores'
+	@echo 'make train                  BC and IQL on recorded Hopper, a picture and an answer: 7 to 10 minutes on two cores'
 	@echo 'make train UPDATES=1000000  the full length of the papers: hours on a CPU'
-	@echo 'make challenge              the same, and a maze where IQL joins parts of episodes: 10 minutes'
+	@echo 'make challenge              the same, and a maze where IQL joins parts of episodes: 9 to 12 minutes'
 	@echo '                            both take SEEDS=4 UPDATES=300 ARGS="--workers 1 --out FOLDER"'
 	@echo 'make test                   ruff and pytest on all cores; ARGS="-k iql" passes on to pytest'
 	@echo 'make lint                   ruff alone'

@@ -191,7 +191,7 @@ class DiscreteConfig(RunConfig):
 class TrainConfig(DiscreteConfig):
     """DT's own settings; defaults: the authors' for Atari, with targets of ours."""
 
-    eval_epsilon: float = setting(0.0, 0, 0)  # none is random: windows hold what the policy chose
+    eval_epsilon: float = setting(0.0, 0, 1)  # 0, as windows hold what the policy chose
     num_updates: int = setting(20_000, 1, 10**10)  # gradient updates of each member
     batch_size: int = setting(128, 1, 10**6)  # windows per member and update
     context: int = setting(30, 1, 10_000)  # K, steps of a window; three tokens a step
@@ -669,8 +669,8 @@ class DiscreteDT(DiscreteAgent):
 
     def __init__(self, cfg: TrainConfig, units: dict):
         super().__init__(cfg, units)
-        plain = (cfg.reward_scale, cfg.reward_shift) == (1, 0)
-        check(plain, "reward_scale, reward_shift: leave them alone, return_scale is for the scale")
+        plain = (cfg.reward_scale, cfg.reward_shift, cfg.eval_epsilon) == (1, 0, 0)
+        check(plain, "reward_scale, reward_shift, eval_epsilon: leave them, return_scale is there")
         heads, even = cfg.attention_heads, cfg.hidden_dim % cfg.attention_heads == 0
         check(even, f"attention_heads: {heads} do not share hidden_dim evenly")
         self.asked = read_targets(cfg.target_returns)

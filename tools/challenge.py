@@ -1,11 +1,12 @@
 """The article's exercise: BC and IQL learn from the same recordings; does IQL do better, and why?
 
-    python tools/challenge.py hopper          # make train: a hopping robot, about 7 minutes
-    python tools/challenge.py hopper maze     # make challenge: and a maze, about 10
+    python tools/challenge.py hopper          # make train: a hopping robot
+    python tools/challenge.py hopper maze     # make challenge: and a maze
 
 The data are bundled. Each algorithm trains with two seeds, by tools/sweep.py with the command that
-is printed, and ends with ten rollouts of every seed. Started again, this goes on where it stopped.
-OUT/<exercise>-<updates> holds the runs, and then answer.txt, which is printed, and answer.png.
+is printed, and ends with ten rollouts of every seed: 7 to 10 and 9 to 12 minutes on two idle cores.
+Started again, this goes on where it stopped. OUT/<exercise>-<updates> holds the runs, and then
+answer.txt, which is printed, and answer.png.
 
 Whether one is better than the other is decided by the mean returns of the seeds: yes if all of
 one's are above all of the other's, no if none is above any of them, else undecided.
@@ -51,7 +52,8 @@ Cloning does what the recordings did most often at a state, well or badly, so it
 average, or below it where its small errors add up. Q-learning first learns what each recorded
 action is worth: its reward, and the value of the best that any recording did from there on. So
 values pass from one episode into another where their ways cross, and the policy takes the best
-part of each. Joined, these parts can be better than every episode; a copy of episodes cannot."""
+part of each. Joined, these parts can be better than every episode; a copy of episodes cannot.
+Where a clone does get further, its errors led it there."""
 
 
 @dataclass
