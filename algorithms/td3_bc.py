@@ -1147,9 +1147,8 @@ class Online:
         for name, values in table.items():
             table[name] = torch.cat([values, values.new_zeros(room, *values.shape[1:])])
         if saved and saved["online"]:
-            self.steps = math.ceil(
-                (saved["step"] - self.cfg.num_updates) / self.cfg.updates_per_step
-            )
+            past = max(0, saved["step"] - self.cfg.num_updates)  # it may stand before the phase
+            self.steps = math.ceil(past / self.cfg.updates_per_step)
             kept = zip(self.begun, saved["online"]["begun"], saved["online"]["rows"], strict=True)
             for i, (_, begun, rows) in enumerate(kept):
                 most = max(begun, len(rows["obs"]))

@@ -320,16 +320,17 @@ def test_resume_amid_the_phase(script, whole, made, monkeypatch):
     assert places("run") == places(whole)
 
 
-def test_a_signal(monkeypatch, capsys, whole_of):
-    """Ends also between the two updates of an environment step, of which the second one follows."""
+@pytest.mark.parametrize("number", [3, 55])
+def test_a_signal(monkeypatch, capsys, whole_of, number):
+    """Well before the phase, or between the two updates of an environment step."""
     script = load_script("rebrac")
-    signals = lambda _, n: n == 55 and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    signals = lambda _, n: n == number and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
     with monkeypatch.context() as patch:
         before_update(patch, script, signals)
         assert script.main(line(script)) == 130
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "update 55;" in last and last.endswith("--run_dir run --resume true")
-    assert saved("run")["step"] == 55
+    assert f"update {number};" in last and last.endswith("--run_dir run --resume true")
+    assert saved("run")["step"] == number
     assert script.main(RESUME) == 0
     assert places("run") == places(whole_of(script))
 
