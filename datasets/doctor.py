@@ -1006,4 +1006,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.path.pop(0)  # this folder, whose ogbench.py would stand in for the package
     sys.exit(main())

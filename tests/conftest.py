@@ -45,8 +45,8 @@ def load_script(name: str):
 def load_tool(place: str):
     """A tool's file, such as "tools/report.py", as a module of its own."""
     path = REPOSITORY / place
-    if str(path.parent) not in sys.path:  # as where it is run: tools share tools/store.py
-        sys.path.append(str(path.parent))
+    if path.parent.name == "tools" and str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # as where it is run: tools share tools/store.py
     spec = importlib.util.spec_from_file_location(path.stem, path)
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)

@@ -3,8 +3,12 @@
 What is planted alters the file itself, for Minari's writer would refuse much of it.
 """
 
+import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tracemalloc
 import warnings
 from pathlib import Path
@@ -959,6 +963,21 @@ def test_numbered_actions_are_tried_in_their_environment(tmp_path, env_id, title
     data = doctor.load(str(folder), env_id)
     found = [finding.title for finding in doctor.check_environment(data)]
     assert found == [] if title is None else title in found[0]
+
+
+def test_the_package_ogbench_is_not_the_file_beside_the_doctor(tmp_path):
+    """Run as a script it stands first on the path, and would hide the environments."""
+    package = tmp_path / "packages" / "ogbench"
+    package.mkdir(parents=True)
+    place = "gymnasium.envs.classic_control.cartpole:CartPoleEnv"
+    code = f"import gymnasium\ngymnasium.register('Bench-v0', '{place}', max_episode_steps=20)\n"
+    (package / "__init__.py").write_text(code)
+    spec = dataclasses.replace(TOY_DISCRETE_ENV, id="Bench-v0")
+    folder = write_dataset(tmp_path, "own/bench-v0", discrete_episodes(), env=spec)
+    argv = [sys.executable, doctor.__file__, str(folder), "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(package.parent)}
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120)
+    assert "no environment" not in done.stdout and "picture" in done.stdout, done.stderr
 
 
 def test_images_of_bits_are_drawn(tmp_path, monkeypatch):

@@ -118,7 +118,9 @@ def export(script, saved: dict, args) -> None:
     kinds = [torch.int64 if x == "timestep" else torch.float64 if pt2 else None for x in names]
     examples = tuple(x.to(kind) for x, kind in zip(examples, kinds, strict=True))
     free = [{i: axis for i, axis in enumerate(shape) if axis in "NT"} for shape in shapes]
-    dims = tuple({i: torch.export.Dim(axis) for i, axis in each.items()} for each in free)
+    longest = {"T": getattr(agent.cfg, "context", None), "N": None}
+    known = {axis: torch.export.Dim(axis, max=most) for axis, most in longest.items()}
+    dims = tuple({i: known[axis] for i, axis in each.items()} for each in free)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of what it does itself
         program = torch.export.export(Exported(agent, shapes), examples, dynamic_shapes=(dims,))
