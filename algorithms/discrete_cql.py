@@ -471,20 +471,20 @@ class DiscreteAgent(Agent):
 
     def table(self, episodes: list) -> dict:
         """Frames of all episodes, and of each step the places of its own and of the first one."""
-        rows, sizes, frames = [], [], None
-        most = sum(len(episode["obs"]) for episode in episodes)
+        rows, starts, frames, total = [], [], None, sum(len(each["obs"]) for each in episodes)
+        at = 0
         for episode in episodes:
             rows.append(self.rows(episode))
-            own, at = rows[-1].pop("frames"), sum(sizes)
-            frames = own.new_empty(most, *own.shape[1:]) if frames is None else frames
+            own = rows[-1].pop("frames")
+            frames = own.new_empty(total, *own.shape[1:]) if frames is None else frames
             frames[at : at + len(own)] = own
-            sizes.append(len(own))
+            starts.append(at)
+            at += len(own)
             episode.clear()  # all are never in memory twice
         table = {name: torch.cat([each[name] for each in rows]) for name in rows[0]}
-        sizes = torch.tensor(sizes)
-        starts, number = sizes.cumsum(0) - sizes, torch.arange(len(rows))
-        number = number.repeat_interleave(sizes - 1)
-        places = {"obs": torch.arange(len(number)) + number, "start": starts[number]}
+        lengths = torch.tensor([len(each["action"]) for each in rows])
+        number = torch.arange(len(rows)).repeat_interleave(lengths)
+        places = {"obs": torch.arange(len(number)) + number, "start": torch.tensor(starts)[number]}
         table |= {name: at.to(self.obs_mean.device) for name, at in places.items()}
         return {**table, "frames": frames}
 
