@@ -48,6 +48,7 @@ from torch.utils.flop_counter import FlopCounterMode
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results" / "speed.json"
 DATA = "datasets/hopper/medium-replay-v0"
+NUMBERED = "datasets/cartpole/uniform-10-v0"  # for scripts of numbered actions
 BEGIN, END = "<!-- speed: written by benchmarks/speed.py -->", "<!-- end of speed -->"
 MODES = {"eager": "false", "compiled": "true", "graphs": "graphs"}  # as `compile` has them
 START = 10**6  # the first update that is measured: behind every phase of warming up
@@ -90,13 +91,18 @@ def wait(device: torch.device) -> None:
 # ---- what is measured ----
 
 
+def data_of(name: str) -> str:
+    """The bundled set that a script is measured on."""
+    return NUMBERED if hasattr(load_script(name), "DiscreteAgent") else DATA
+
+
 class Training:
     """A script's run, made as the script makes it; without an environment unless `settings` ask."""
 
     def __init__(self, name: str, members: int, mode: str, device: str, folder: Path, **settings):
         module = load_script(name)
-        words = {"dataset_id": DATA, "num_seeds": members, "num_updates": 10**7, "env_id": "none"}
-        words |= {"device": device, "compile": MODES[mode]}
+        words = {"dataset_id": data_of(name), "num_seeds": members, "num_updates": 10**7}
+        words |= {"env_id": "none", "device": device, "compile": MODES[mode]}
         words |= {"run_dir": folder / f"{name}-{members}-{mode}", **settings}
         kinds = [c for c in vars(module).values() if isinstance(c, type)]
         (kind,) = [c for c in kinds if issubclass(c, module.Agent) and "update" in vars(c)]
@@ -302,7 +308,8 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 def process(name: str, environment=(), **settings) -> tuple:
     """A script's process: seconds to its first log row, to its end; its peak memory in MiB."""
-    words, script = {"dataset_id": DATA, "num_seeds": 4}, REPOSITORY / f"algorithms/{name}.py"
+    script = REPOSITORY / f"algorithms/{name}.py"
+    words = {"dataset_id": data_of(name), "num_seeds": 4}
     words |= {"env_id": "none", "log_every": 1, "compile": "false", **settings}
     with tempfile.TemporaryDirectory() as folder:
         argv = [sys.executable, "-c", LAUNCHER, f"{folder}/run/metrics.jsonl", sys.executable]

@@ -101,6 +101,10 @@ def test_a_share_of_the_evaluations_actions_is_random(dqn):
     assert drawn[0] == drawn[1] != drawn[2]
     share = np.mean(np.array(drawn[0]) != 7)
     assert 0.27 < share < 0.33 and {*drawn[0]} == {0, 1, 7}
+    played.reset(seed=0)  # the environment's own numbers, of the same seed, are others
+    assert played.draws.random() != env.unwrapped.np_random.random()
+    played.reset(seed=0)
+    assert played.draws.random() != np.random.default_rng(0).random()
     greedy.reset(seed=0)
     assert {greedy.action(7) for _ in range(100)} == {7}
 

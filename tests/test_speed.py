@@ -7,7 +7,7 @@ import time
 import gymnasium as gym
 import pytest
 import torch
-from conftest import load_tool
+from conftest import DISCRETE, SCRIPTS, load_script, load_tool
 
 speed = load_tool("benchmarks/speed.py")
 
@@ -78,6 +78,16 @@ def test_shares_add_up(training):
     assert shares["products"] > 0 and shares["optimizer"] > 0 and shares["sampling"] > 0
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_has_data_of_its_actions(name):
+    """So that the command without names measures all."""
+    script, data = load_script(name), speed.data_of(name)
+    cfg = script.TrainConfig(dataset_id=data, download=False)
+    metadata = json.loads((script.find_dataset(cfg) / "metadata.json").read_text())
+    kind = json.loads(metadata["action_space"])["type"]
+    assert kind == ("Discrete" if name in DISCRETE else "Box")
+
+
 def test_json_table_and_readme(tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{speed.BEGIN}\nold\n{speed.END}\nafter\n")
@@ -91,6 +101,8 @@ def test_json_table_and_readme(tmp_path, capsys):
     assert table.startswith(f"before\n{speed.BEGIN}\n| script |")
     assert f"| bc | 2 | {row['updates_per_second']:.1f} |" in table and "old" not in table
     assert f"{row['updates_per_second']:.1f}" in capsys.readouterr().out
+    argv = ["discrete_bcq", *QUICK, "--out", str(tmp_path / "numbered.json")]
+    assert speed.main(argv) == 0
 
 
 @pytest.mark.parametrize("case", ["script", "readme"])
