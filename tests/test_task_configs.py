@@ -924,9 +924,10 @@ def test_discrete_values_are_the_published_ones(folder):
 # ---- the bundled maze: what each paper has for antmaze-umaze, in small networks and short runs
 
 MAZE_SIZES = {"hidden_dim", "hidden_layers", "critic_hidden_layers", "vae_hidden_dim"}
+MAZE_SIZES |= {"critic_hidden_dim", "behavior_updates", "warm_start"}
 MAZE_SIZES |= {"num_updates", "vae_updates", "bc_updates", "warmup_updates", "online_steps"}
 MAZE_SIZES |= {"eval_every", "eval_episodes"}
-MAZE_FOLDERS = "bc bc_10 dt iql awac cql cal_ql td3_bc rebrac spot fql xql".split()
+MAZE_FOLDERS = "bc bc_10 dt iql awac cql cal_ql td3_bc rebrac spot fql xql brac".split()
 
 
 def test_the_maze_has_a_file_for_each_of_these():
@@ -948,7 +949,8 @@ def test_the_mazes_settings_are_antmazes_but_for_sizes(folder):
     assert (REPOSITORY / config.dataset_id / "data" / "metadata.json").is_file()
     assert {getattr(config, name) for name in MAZE_SIZES & names if "dim" in name} == {128}
     assert {getattr(config, name) for name in MAZE_SIZES & names if "layers" in name} == {2}
-    assert config.num_updates - getattr(config, "vae_updates", 0) == 50_000
+    first = {"vae_updates", "behavior_updates"} & names  # updates of what imitates the data
+    assert config.num_updates - sum(getattr(config, name) for name in first) == 50_000
     online = folder.endswith("-online") or folder == "cal_ql"
     assert getattr(config, "online_steps", 0) == 50_000 * online
 
