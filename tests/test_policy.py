@@ -252,6 +252,44 @@ def test_a_transformer_is_asked_for_each_target(capsys):
         assert found[line]["return"][0] == pytest.approx(expected, abs=0.006)
 
 
+# ---- critics
+
+
+@pytest.mark.parametrize("name", ["td3_bc", "cql", "fql"])
+def test_a_promise_is_the_critics_and_what_is_earned_the_returns(name, capsys):
+    """Of gamma 0.9 and rewards of 2 r + 1: computed here by hand, step by step."""
+    agent = trained(name, env_id="auto", reward_scale=2, reward_shift=1, gamma=0.9)
+    capsys.readouterr()
+    assert policy.main(["values", name, "--episodes", "2"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    number = r"-?\d+\.\d\d"
+    found = [re.findall(number, line) for line in lines]
+    assert [line.split(":")[0] for line in lines] == ["seed 0", "seed 1", "2 seeds"]
+    assert "2 episodes" in last and "Pendulum-v1" in last
+    expected = torch.zeros(2, 2)
+    for member, number in ((i, k) for i in range(2) for k in range(2)):
+        env, steps, ended = gym.make("Pendulum-v1", max_episode_steps=20), 0, False
+        obs = torch.tensor(env.reset(seed=agent.cfg.eval_seed + number)[0])
+        while not ended:
+            action = agent.act(obs.expand(2, 1, -1))
+            if not steps:
+                unit = (action / 2)[:, None] if name == "cql" else action / 2  # of -2 to 2
+                q = agent.q(agent.critic, agent.normalize(obs).expand(2, 1, -1), unit)
+                expected[member, 0] += q[member].mean().item() / 2
+            obs, reward, *ends, _ = env.step(action[member, 0].numpy())
+            expected[member, 1] += 0.9**steps * (2 * reward + 1) / 2
+            obs, steps, ended = torch.tensor(obs), steps + 1, any(ends)
+    for own, values in zip(found, [*expected, expected.mean(0)], strict=True):
+        promised, earned, apart = map(float, own)
+        assert [promised, earned] == pytest.approx(values.tolist(), abs=0.02)
+        assert apart == pytest.approx(promised - earned, abs=0.02)
+
+
+def test_what_has_no_critic_is_told_so(refused):
+    trained("bc", env_id="auto")
+    refused(policy, ["values", "bc", "--episodes", "1"], "bc.py has no Q(s, a)")
+
+
 # ---- bad input
 
 

@@ -1,6 +1,7 @@
-"""Evaluate a saved population again, or export one seed's policy to run without this repository.
+"""Evaluate a saved population, check its critics, or export one seed's policy to run alone.
 
     python tools/policy.py evaluate RUN --episodes 100          # returns and scores of every seed
+    python tools/policy.py values RUN --episodes 20             # the critics against what is earned
     python tools/policy.py export RUN policy.pt2 --member 0     # the policy of the first seed
 
 RUN is a run's folder, or a checkpoint.pt; nothing is written into it. An exported policy maps
@@ -64,8 +65,8 @@ def restore(script, saved: dict, member=None, device="cpu") -> nn.Module:
         raise script.RunError(problem) from None
 
 
-def evaluate(script, saved: dict, args) -> None:
-    """Play and print: the means of each seed, with the deviation of its episodes."""
+def player(script, saved: dict, args) -> tuple:
+    """What plays: the population, a spec of its environment, reference returns, episodes."""
     about, config = saved["about"], saved["config"]
     if args.env_id not in (None, config.get("env_id"), about.get("env_id")):
         config |= {"env_id": args.env_id, "env_kwargs": {}}  # and the run's scores do not hold
@@ -77,6 +78,12 @@ def evaluate(script, saved: dict, args) -> None:
     script.check(spec, "there is nothing to play: name an environment with --env_id")
     episodes = agent.cfg.final_eval_episodes if args.episodes is None else args.episodes
     script.check(episodes > 0, "--episodes: at least 1 is to be played")
+    return agent, spec, references, episodes
+
+
+def evaluate(script, saved: dict, args) -> None:
+    """Play and print: the means of each seed, with the deviation of its episodes."""
+    agent, spec, references, episodes = player(script, saved, args)
     rows, groups = script.evaluate(agent, spec, references, episodes), {}
     units = [unit for unit in ("return", "score") if rows[0][unit] is not None]
     for row in rows:  # a Decision Transformer may have been asked for several returns
@@ -89,6 +96,51 @@ def evaluate(script, saved: dict, args) -> None:
             text = ", ".join(f"{unit} {mean:.2f} ± {std:.2f}" for unit, mean, std in mean_std)
             print(f"{name}{'' if target is None else f', target {target:.1f}'}: {text}")
     print(f"± is the deviation of the {episodes} episodes of a seed, or of the seeds; {spec.id}")
+
+
+def values(script, saved: dict, args) -> None:
+    """Compare what critics promise where episodes begin with what the policy then earns.
+
+    Promised is Q(s, a) of an episode's first step, the mean of the critics; earned is the
+    discounted sum of the rewards that training sees, of what is played: an episode that is cut
+    off, after T steps, leaves out what gamma^T weighs. A promise far above what is earned is
+    over-estimation, the error that offline methods are made against.
+    """
+    agent, spec, _, episodes = player(script, saved, args)
+    known = hasattr(agent, "q") and hasattr(agent, "critic")
+    script.check(known, f"{script.__name__}.py has no Q(s, a) of one action to compare")
+    several = "actions" in inspect.signature(agent.q).parameters  # a state's actions: [S, m, N]
+    pairs = np.zeros((agent.cfg.num_seeds, episodes, 2))
+    for number in range(episodes):
+        played = [agent.rows(episode) for episode in play(script, agent, spec, number)]
+        obs, action = (torch.stack([rows[k][:1] for rows in played]) for k in ("obs", "action"))
+        q = agent.q(agent.critic, obs, action[:, None] if several else action)
+        pairs[:, number, 0] = q.flatten(1).mean(1).cpu()
+        for own, rows in zip(pairs, played, strict=True):
+            reward = rows["reward"].double().cpu()
+            own[number, 1] = (agent.cfg.gamma ** torch.arange(len(reward)) * reward).sum()
+    means = dict(zip((f"seed {seed}" for seed in agent.cfg.seeds), pairs.mean(1), strict=True))
+    for name, (promised, earned) in (means | {f"{len(means)} seeds": pairs.mean((0, 1))}).items():
+        print(f"{name}: promised {promised:.2f}, earned {earned:.2f}, {promised - earned:+.2f}")
+    print(f"discounted rewards from the start of {episodes} episodes a seed; {spec.id}")
+
+
+def play(script, agent: nn.Module, spec, number: int) -> list:
+    """Episode `number` of each member, as the evaluation plays it, in the layout of the data's."""
+    envs = {i: script.gym.make(spec) for i in range(agent.cfg.num_seeds)}
+    start = agent.cfg.eval_seed + number
+    obs = np.stack([script.env_step(env, seed=start)[0] for env in envs.values()])
+    episodes = [{"obs": [x.copy()], "action": [], "reward": [], "terminated": []} for x in obs]
+    while envs:
+        actions = agent.act(agent.obs_mean.new_tensor(obs)[:, None])[:, 0].cpu().numpy()
+        for i, env in list(envs.items()):
+            obs[i], reward, terminated, truncated, _ = script.env_step(env, actions[i])
+            step = (obs[i].copy(), actions[i], reward, terminated)
+            for kept, value in zip(episodes[i].values(), step, strict=True):
+                kept.append(value)
+            if terminated or truncated:
+                envs.pop(i).close()
+    return [{name: np.array(kept) for name, kept in episode.items()} for episode in episodes]
 
 
 class Exported(nn.Module):
@@ -161,13 +213,13 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, **style)
     frame = load_script("iql")  # its shared blocks are those of all
     known = [frame.RunError, OSError, KeyboardInterrupt]
-    commands = parser.add_subparsers(required=True, metavar="evaluate | export")
-    for command in (evaluate, export):
+    commands = parser.add_subparsers(required=True, metavar="evaluate | values | export")
+    for command in (evaluate, values, export):
         one = commands.add_parser(command.__name__, description=command.__doc__, **style)
         one.error = parser.error = functools.partial(frame.check, False)
         one.set_defaults(command=command)
         one.add_argument("run", type=Path, metavar="RUN", help="a run's folder or checkpoint.pt")
-        if command is evaluate:
+        if command is not export:
             one.add_argument("--episodes", type=int, help="of each seed; else as after the run")
             one.add_argument("--env_id", help="another environment than the run's")
             auto = "cuda" if torch.cuda.is_available() else "cpu"
