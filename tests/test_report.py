@@ -164,8 +164,20 @@ def test_the_overview_has_a_row_an_algorithm_and_a_column_a_dataset(tmp_path):
     assert list(table) == ["updates", "algorithm", "hopper/medium-v0", "toy/data-v0"]
     assert table["algorithm"].tolist() == ["DT", "BC", "IQL", "Cal-QL"]
     assert table["toy/data-v0"].tolist()[:3] == ["3.0 ± 0.0 (2 seeds)", "1.0 ± 0.0", ""]
+
+
+def test_the_readme_shows_the_budget_that_most_was_compared_under(tmp_path):
+    fake_run(tmp_path / "a", label="BC", seeds=range(4), scores={10: (1, 1, 1, 1)})
+    fake_run(tmp_path / "b", label="IQL", dataset_id="datasets/hopper/medium-v0")
+    fake_run(tmp_path / "c", {20: (3, 3)}, label="DT", num_updates=20, dataset_id="datasets/x-v0")
+    online_run(tmp_path / "d", CURVE)
+    budget, table = report.main_table(numbers.read(tmp_path))
+    assert budget == "10" and list(table) == ["algorithm", "hopper/medium-v0", "toy/data-v0"]
+    assert table["algorithm"].tolist() == ["BC", "IQL"]
     text = report.readme_text(numbers.read(tmp_path))
-    assert report.markdown(table) in text and "at the switch" not in text
+    assert "after 10 updates" in text and text.endswith(report.markdown(table))
+    fake_run(tmp_path / "e", {20: (3, 3)}, label="BC", num_updates=20)
+    assert report.main_table(numbers.read(tmp_path))[0] == "20"  # as many: the longest
 
 
 def test_published_figures_stand_beside_d4rl_alone(tmp_path):
@@ -223,6 +235,9 @@ def test_a_panel_is_of_one_dataset_and_budget(tmp_path):
         (data, 10, 30_000): ["Cal-QL"],
     }
     assert list(pictures.main_panels(evaluations)) == [(data, 10, 0)]
+    fake_run(tmp_path / "e", CURVE, label="CQL", config={"online_steps": 30_000})
+    panels = pictures.main_panels(numbers.read(tmp_path).evaluations)
+    assert list(panels) == [(data, 10, 0), (data, 10, 30_000)]
 
 
 def test_the_picture_shows_every_algorithm_of_its_panels(tmp_path):

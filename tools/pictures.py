@@ -68,12 +68,16 @@ def budgets(evaluations: pd.DataFrame) -> dict:
 
 
 def main_panels(evaluations: pd.DataFrame) -> dict:
-    """Of each dataset the panel with the most algorithms, and of those the longest."""
-    best = {}
-    for key, rows in budgets(evaluations).items():
+    """Of each dataset the panel with the most algorithms, and of those the longest.
+
+    What went on online has one of its own, where several algorithms did.
+    """
+    best, panels = {}, budgets(evaluations)
+    for key, rows in panels.items():
         rank = (rows["label"].nunique(), *key[1:])
-        best[key[0]] = max(best.get(key[0], (rank, key)), (rank, key))
-    return {key: budgets(evaluations)[key] for _, key in best.values()}
+        phase = rank[0] > 1 and key[2] > 0
+        best[key[0], phase] = max(best.get((key[0], phase), (rank, key)), (rank, key))
+    return {key: panels[key] for _, key in best.values()}
 
 
 def groups(rows: pd.DataFrame) -> list:

@@ -149,13 +149,24 @@ def suite_tables(scores) -> dict:
     return tables
 
 
+def main_table(scores) -> tuple:
+    """The budget that most algorithms and datasets share (of several the longest), its scores."""
+    sizes = [tuple(size) for (_, _, *size, _), _ in scores.groups()]
+    size = max(sizes, key=lambda one: (sizes.count(one), one))
+    table = overview_table(scores)
+    table = table[table["updates"] == length(*size)].drop(columns="updates")
+    return length(*size), table.loc[:, (table != "").any()]
+
+
 def readme_text(scores) -> str:
     """The part between the marks of a README."""
+    budget, table = main_table(scores)
     counts = sorted({*scores.runs["final_eval_episodes"]})
     episodes = f"{counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "")
-    text = f"Last policies, mean ± standard deviation over four seeds, {episodes} episodes each. "
-    text += "Best policies, commits, suites, online: [report.md](benchmarks/results/report.md).\n\n"
-    return text + markdown(overview_table(scores))
+    text = f"Policies after {budget} updates, mean ± standard deviation over four seeds, "
+    text += f"{episodes} episodes each. Other budgets, online, numbered actions, best policies, "
+    text += "commits, suites: "
+    return f"{text}[report.md](benchmarks/results/report.md).\n\n{markdown(table)}"
 
 
 def all_tables(scores) -> dict:
@@ -166,6 +177,7 @@ def all_tables(scores) -> dict:
 def report_text(tables: dict) -> str:
     """All tables."""
     parts = ["# Results\n\nWritten by tools/report.py, whose first lines tell what is shown.\n"]
+    parts += [f"## Overview\n\n{markdown(tables['overview'])}"]
     parts += [f"## Runs\n\n{markdown(tables['runs'])}"]
     if len(tables["online"]):
         parts += [f"## Online\n\n{markdown(tables['online'])}"]
