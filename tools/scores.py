@@ -140,7 +140,8 @@ def interval(tasks: list) -> Optional[tuple]:
     gives the standard error, made wider by that factor, and Student's t with n - 1 degrees of
     freedom, the least that Welch's rule allows, gives the rest. Tried with made-up seeds (4 or 8, 1
     to 6 tasks): 94 to 99 % hold the truth, but 85 to 93 % where the seeds of one or two tasks are
-    of two kinds, good and bad ones, and 90 to 92 % on two or three tasks with exponential tails.
+    of two kinds, good and bad ones (in one case of eight all four are of one kind, and nothing
+    shows the other), and 90 to 92 % on two or three tasks with exponential tails.
     """
     seeds = min(map(len, tasks))
     if seeds < 2:
