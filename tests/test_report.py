@@ -166,18 +166,22 @@ def test_the_overview_has_a_row_an_algorithm_and_a_column_a_dataset(tmp_path):
     assert table["toy/data-v0"].tolist()[:3] == ["3.0 ± 0.0 (2 seeds)", "1.0 ± 0.0", ""]
 
 
-def test_the_readme_shows_the_budget_that_most_was_compared_under(tmp_path):
+def test_the_readme_shows_the_two_budgets_that_most_was_compared_under(tmp_path):
     fake_run(tmp_path / "a", label="BC", seeds=range(4), scores={10: (1, 1, 1, 1)})
     fake_run(tmp_path / "b", label="IQL", dataset_id="datasets/hopper/medium-v0")
     fake_run(tmp_path / "c", {20: (3, 3)}, label="DT", num_updates=20, dataset_id="datasets/x-v0")
+    (only, other) = report.main_tables(numbers.read(tmp_path)).items()
+    assert (only[0], other[0]) == ("10", "20")
+    assert list(only[1]) == ["algorithm", "hopper/medium-v0", "toy/data-v0"]
+    assert list(other[1]) == ["algorithm", "x-v0"]
+    assert only[1]["algorithm"].tolist() == ["BC", "IQL"]
     online_run(tmp_path / "d", CURVE)
-    budget, table = report.main_table(numbers.read(tmp_path))
-    assert budget == "10" and list(table) == ["algorithm", "hopper/medium-v0", "toy/data-v0"]
-    assert table["algorithm"].tolist() == ["BC", "IQL"]
-    text = report.readme_text(numbers.read(tmp_path))
-    assert "after 10 updates" in text and text.endswith(report.markdown(table))
     fake_run(tmp_path / "e", {20: (3, 3)}, label="BC", num_updates=20)
-    assert report.main_table(numbers.read(tmp_path))[0] == "20"  # as many: the longest
+    scores = numbers.read(tmp_path)
+    tables = report.main_tables(scores)
+    assert list(tables) == ["20", "10"]  # as many: the longest first
+    parts = [f"\nAfter {k} updates:\n\n{report.markdown(v)}" for k, v in tables.items()]
+    assert report.readme_text(scores).endswith("".join(parts))
 
 
 def test_published_figures_stand_beside_d4rl_alone(tmp_path):

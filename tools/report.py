@@ -149,24 +149,27 @@ def suite_tables(scores) -> dict:
     return tables
 
 
-def main_table(scores) -> tuple:
-    """The budget that most algorithms and datasets share (of several the longest), its scores."""
+def main_tables(scores) -> dict:
+    """{budget: scores} of the two budgets that most algorithms and datasets share."""
     sizes = [tuple(size) for (_, _, *size, _), _ in scores.groups()]
-    size = max(sizes, key=lambda one: (sizes.count(one), one))
-    table = overview_table(scores)
-    table = table[table["updates"] == length(*size)].drop(columns="updates")
-    return length(*size), table.loc[:, (table != "").any()]
+    most = sorted(set(sizes), key=lambda size: (sizes.count(size), size), reverse=True)[:2]
+    table, tables = overview_table(scores), {}
+    for budget in (length(*size) for size in most):
+        part = table[table["updates"] == budget].drop(columns="updates")
+        tables[budget] = part.loc[:, (part != "").any()]
+    return tables
 
 
 def readme_text(scores) -> str:
     """The part between the marks of a README."""
-    budget, table = main_table(scores)
     counts = sorted({*scores.runs["final_eval_episodes"]})
     episodes = f"{counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "")
-    text = f"Policies after {budget} updates, mean ± standard deviation over four seeds, "
-    text += f"{episodes} episodes each. Other budgets, online, numbered actions, best policies, "
-    text += "commits, suites: "
-    return f"{text}[report.md](benchmarks/results/report.md).\n\n{markdown(table)}"
+    text = f"Last policies, mean ± standard deviation over four seeds, {episodes} episodes each. "
+    text += "Other budgets, online, best policies, commits, suites: "
+    text += "[report.md](benchmarks/results/report.md).\n"
+    for budget, table in main_tables(scores).items():
+        text += f"\nAfter {budget} updates:\n\n{markdown(table)}"
+    return text
 
 
 def all_tables(scores) -> dict:
