@@ -1,0 +1,108 @@
+"""At the crossing of the bundled maze: where critics say to go, and where policies go.
+
+    python benchmarks/crossing.py RUN [RUN ...]
+
+RUN is a run's folder, or a checkpoint.pt, of a script with Q(s, a) on datasets/pointmaze/stitch-v0.
+There eight of nine episodes come up the stem and turn left at the crossing, into a dead end; the
+goal lies to the right. At the data's first steps in the crossing after the stem this asks the
+smaller of the two critics for the values of full force to the right and to the left.
+
+    right - left    what going right is worth more, mean over those states
+    mean |Q|        the size of the values, those of going right
+    turn            the policy's own force to the right, -1 to 1, and that of the data
+"""
+
+import argparse
+import importlib.util
+import inspect
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+STEM, CROSSING, FIRST = (3, 3), (2, 3), 5  # cells (row, column); steps after the arrival
+
+
+def load_tool(name: str):
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+policy = load_tool("policy")
+
+
+def arrivals(script, agent, about: dict) -> tuple:
+    """Observations [N, obs_dim] and actions [N, act_dim] of the data's steps into the crossing."""
+    spec, _ = script.find_environment(agent.cfg, about, agent)
+    cell = script.gym.make(spec).unwrapped.maze.cell_xy_to_rowcol
+    episodes, *_ = script.load_dataset(agent.cfg, type(agent))
+    rows = []
+    for episode in episodes:
+        cells = [tuple(cell(obs[:2]).tolist()) for obs in episode["obs"][:-1]]
+        ways = enumerate(itertools.pairwise(cells), 1)
+        for i in (i for i, way in ways if way == (STEM, CROSSING)):
+            steps = [t for t in range(i, i + FIRST) if cells[t : t + 1] == [CROSSING]]
+            rows += [(episode["obs"][t], episode["action"][t]) for t in steps]
+    return tuple(torch.as_tensor(np.array(part)).float() for part in zip(*rows, strict=True))
+
+
+@torch.no_grad()
+def ask(agent, obs: torch.Tensor) -> list:
+    """(right - left, mean |Q|, turn) of each member."""
+    many = obs.expand(agent.cfg.num_seeds, -1, -1)
+    several = "actions" in inspect.signature(agent.q).parameters  # a state's actions: [S, m, N]
+    values = []
+    for x in (1.0, -1.0):
+        action = torch.tensor([x, 0.0]).expand(*many.shape[:2], 2)
+        q = agent.q(agent.critic, agent.normalize(many), action[:, None] if several else action)
+        values.append(q.amin(1).flatten(1))  # [S, N]
+    right, left = values
+    turn = agent.unit_action(agent.act(many))[..., 0]
+    return torch.stack([(right - left).mean(1), right.abs().mean(1), turn.mean(1)], 1).tolist()
+
+
+def table(run: Path, errors: list) -> str:
+    """A row for each seed of a run; the script's own error joins `errors`."""
+    frame = policy.load_script("iql")  # its shared blocks are those of all
+    errors.append(frame.RunError)
+    saved = frame.read_checkpoint(run)
+    about, data = saved["about"], saved["config"]["dataset_id"]
+    here = data.endswith("pointmaze/stitch-v0")
+    frame.check(here, f"{run} is of {data}: this is about datasets/pointmaze/stitch-v0")
+    script = policy.load_script(about["script"])
+    errors.append(script.RunError)
+    agent = policy.restore(script, saved)
+    frame.check(hasattr(agent, "q"), f"{script.__name__}.py has no Q(s, a) of one action to ask")
+    obs, action = arrivals(script, agent, about)
+    theirs, lines = agent.unit_action(action)[:, 0].mean(), ""
+    for seed, (apart, size, turn) in zip(agent.cfg.seeds, ask(agent, obs), strict=True):
+        values = f"{apart:.2f} | {size:.1f} | {turn:.2f} | {theirs:.2f}"
+        lines += f"| {about['label']} | {seed} | {values} |\n"
+    return lines
+
+
+def main(argv=None) -> int:
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(description=__doc__, **style)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    args, errors = parser.parse_args(argv), [OSError]
+    try:
+        rows = "".join(table(run, errors) for run in args.runs)
+    except Exception as error:
+        if not isinstance(error, tuple(errors)):
+            raise
+        print("error:", *str(error).split(), file=sys.stderr)
+        return 2
+    print("| run | seed | right - left | mean \\|Q\\| | turn | the data's |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    print(rows, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
