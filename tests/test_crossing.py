@@ -40,17 +40,15 @@ def test_a_run_is_asked_at_the_datas_first_steps_in_the_crossing(capsys):
 
 
 def test_values_are_of_full_force_to_both_sides_by_the_smaller_critic():
-    """Of critics 3 x - 10 and 2 x + y, and a policy that goes half right."""
+    """Of critics 3 x - 10 and 2 (x + y), and a policy that goes half right."""
     agent = types.SimpleNamespace(cfg=types.SimpleNamespace(num_seeds=2), critic=None)
     agent.normalize = agent.unit_action = lambda x: x
     agent.act = lambda obs: torch.tensor([0.5, 0.1]).expand(*obs.shape[:2], 2)
-    agent.q = lambda _, obs, action: torch.stack(
-        [3 * action[..., 0] - 10, 2 * action[..., 0] + action[..., 1]], 1
-    )
+    agent.q = lambda *args: torch.stack([3 * args[-1][..., 0] - 10, 2 * args[-1].sum(-1)], 1)
     assert crossing.ask(agent, torch.zeros(4, 4)) == [[6.0, 7.0, 0.5]] * 2
 
 
-def test_other_runs_are_refused(refused, toy_store):
+def test_other_runs_are_refused(refused):
     load_script("td3_bc").main(words(run_dir="other", env_id="none"))
     refused(crossing, ["other"], "stitch-v0")
     load_script("bc").main(words(dataset_id=MAZE, run_dir="clone", **TINY))
