@@ -449,11 +449,14 @@ class EDAC(Agent):
         normal = ("normal", (cfg.batch_size, self.act_dim))
         self.noise_shapes = {"target": normal, "actor": normal}
 
+    def q(self, critic: Critics, obs: Tensor, action: Tensor) -> Tensor:
+        """Q_i(s,a) of all critics [S, N, B]."""
+        return critic(torch.cat([obs, action], -1).unsqueeze(1))
+
     def target(self, batch: dict, noise: Tensor) -> Tensor:
         """y [S, B]: the least target critic, and the entropy, at an action of pi(.|s')."""
-        next_obs = batch["next_obs"]
-        action, log_prob = self.actor.draw(next_obs, noise)
-        next_q = self.target_critic(torch.cat([next_obs, action], -1).unsqueeze(1)).amin(-2)
+        action, log_prob = self.actor.draw(batch["next_obs"], noise)
+        next_q = self.q(self.target_critic, batch["next_obs"], action).amin(-2)
         next_v = next_q - self.log_entropy_coef.exp().unsqueeze(-1) * log_prob  # D6
         return batch["reward"] + self.cfg.gamma * (1 - batch["terminated"]) * next_v
 
@@ -476,7 +479,7 @@ class EDAC(Agent):
     def actor_loss(self, obs: Tensor, noise: Tensor):
         """L_pi: the least of the critics, and the entropy."""
         action, log_prob = self.actor.draw(obs, noise)
-        q = self.critic(torch.cat([obs, action], -1).unsqueeze(1))
+        q = self.q(self.critic, obs, action)
         policy_q, log_prob = q.amin(-2).mean(-1), log_prob.mean(-1)
         metrics = {"policy_q": policy_q, "policy_q_std": q.std(-2).mean(-1), "entropy": -log_prob}
         return self.log_entropy_coef.exp().detach() * log_prob - policy_q, metrics

@@ -13,8 +13,8 @@ smaller of the two critics for the values of full force to the right and to the 
 """
 
 import argparse
+import dataclasses
 import importlib.util
-import inspect
 import itertools
 import sys
 from pathlib import Path
@@ -38,11 +38,10 @@ policy = load_tool("policy")
 
 def arrivals(script, agent, about: dict) -> tuple:
     """Observations [N, obs_dim] and actions [N, act_dim] of the data's steps into the crossing."""
-    spec, _ = script.find_environment(agent.cfg, about, agent)
-    cell = script.gym.make(spec).unwrapped.maze.cell_xy_to_rowcol
-    episodes, *_ = script.load_dataset(agent.cfg, type(agent))
-    rows = []
-    for episode in episodes:
+    cfg = dataclasses.replace(agent.cfg, env_id="auto", env_kwargs={})  # the maze of the data
+    cell = script.gym.make(script.find_environment(cfg, about, agent)[0]).unwrapped.maze
+    cell, rows = cell.cell_xy_to_rowcol, []
+    for episode in script.load_dataset(cfg, type(agent))[0]:
         cells = [tuple(cell(obs[:2]).tolist()) for obs in episode["obs"][:-1]]
         ways = enumerate(itertools.pairwise(cells), 1)
         for i in (i for i, way in ways if way == (STEM, CROSSING)):
@@ -55,27 +54,19 @@ def arrivals(script, agent, about: dict) -> tuple:
 def ask(agent, obs: torch.Tensor) -> list:
     """(right - left, mean |Q|, turn) of each member."""
     many = obs.expand(agent.cfg.num_seeds, -1, -1)
-    several = "actions" in inspect.signature(agent.q).parameters  # a state's actions: [S, m, N]
-    values = []
-    for x in (1.0, -1.0):
-        action = torch.tensor([x, 0.0]).expand(*many.shape[:2], 2)
-        q = agent.q(agent.critic, agent.normalize(many), action[:, None] if several else action)
-        values.append(q.amin(1).flatten(1))  # [S, N]
-    right, left = values
+    sides = (torch.tensor([x, 0.0]).expand(*many.shape[:2], 2) for x in (1.0, -1.0))
+    values = (policy.q_values(agent, agent.normalize(many), side) for side in sides)
+    right, left = (value.amin(1) for value in values)  # [S, N]
     turn = agent.unit_action(agent.act(many))[..., 0]
     return torch.stack([(right - left).mean(1), right.abs().mean(1), turn.mean(1)], 1).tolist()
 
 
-def table(run: Path, errors: list) -> str:
-    """A row for each seed of a run; the script's own error joins `errors`."""
-    frame = policy.load_script("iql")  # its shared blocks are those of all
-    errors.append(frame.RunError)
-    saved = frame.read_checkpoint(run)
+def table(frame, run: Path, errors: list) -> str:
+    """A row for each seed of a run."""
+    script, saved = policy.opened(frame, run, errors)
     about, data = saved["about"], saved["config"]["dataset_id"]
     here = data.endswith("pointmaze/stitch-v0")
     frame.check(here, f"{run} is of {data}: this is about datasets/pointmaze/stitch-v0")
-    script = policy.load_script(about["script"])
-    errors.append(script.RunError)
     agent = policy.restore(script, saved)
     frame.check(hasattr(agent, "q"), f"{script.__name__}.py has no Q(s, a) of one action to ask")
     obs, action = arrivals(script, agent, about)
@@ -90,12 +81,11 @@ def main(argv=None) -> int:
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(description=__doc__, **style)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    args, errors = parser.parse_args(argv), [OSError]
+    args, frame = parser.parse_args(argv), policy.load_script("iql")  # its blocks are those of all
+    errors = [frame.RunError, OSError]
     try:
-        rows = "".join(table(run, errors) for run in args.runs)
-    except Exception as error:
-        if not isinstance(error, tuple(errors)):
-            raise
+        rows = "".join(table(frame, run, errors) for run in args.runs)
+    except tuple(errors) as error:
         print("error:", *str(error).split(), file=sys.stderr)
         return 2
     print("| run | seed | right - left | mean \\|Q\\| | turn | the data's |")

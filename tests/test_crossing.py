@@ -1,6 +1,7 @@
 """benchmarks/crossing.py: the data's steps into the maze's crossing, and what is asked there."""
 
 import types
+from pathlib import Path
 
 import minari
 import numpy as np
@@ -53,3 +54,15 @@ def test_other_runs_are_refused(refused):
     refused(crossing, ["other"], "stitch-v0")
     load_script("bc").main(words(dataset_id=MAZE, run_dir="clone", **TINY))
     refused(crossing, ["clone"], "bc.py has no Q(s, a)")
+
+
+def test_a_checkpoint_runs_nothing_and_its_environment_is_the_datas(refused):
+    script = load_script("td3_bc")
+    script.main(words(dataset_id=MAZE, run_dir="run", **TINY))
+    Path("evil.py").write_text("raise SystemExit('code of a checkpoint runs')")
+    saved = torch.load("run/checkpoint.pt")
+    torch.save({**saved, "about": {**saved["about"], "script": f"{Path.cwd()}/evil"}}, "forged.pt")
+    refused(crossing, ["forged.pt"], "is of a script", "which is not here")
+    for env_id in ("evil:Pendulum-v1", "none", "Pendulum-v1"):
+        torch.save({**saved, "config": {**saved["config"], "env_id": env_id}}, "other.pt")
+        assert crossing.main(["other.pt"]) == 0

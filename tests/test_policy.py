@@ -255,7 +255,7 @@ def test_a_transformer_is_asked_for_each_target(capsys):
 # ---- critics
 
 
-@pytest.mark.parametrize("name", ["td3_bc", "cql", "fql"])
+@pytest.mark.parametrize("name", ["td3_bc", "cql", "fql", "rebrac", "edac"])
 def test_a_promise_is_the_critics_and_what_is_earned_the_returns(name, capsys):
     """Of gamma 0.9 and rewards of 2 r + 1: computed here by hand, step by step."""
     agent = trained(name, env_id="auto", reward_scale=2, reward_shift=1, gamma=0.9)

@@ -47,7 +47,7 @@ COLORS = {"BC": "#EE6677", "IQL": "#4477AA", "recorded": "#BBBBBB"}
 RARELY = {"eval_every": 10_000, "eval_episodes": 5, "checkpoint_every": 10_000}
 RARELY |= {"final_eval_episodes": 10}
 WHY = """\
-Why Q-learning can beat the best trajectory, and cloning by accident only:
+Why Q-learning can beat the best trajectory, and cloning only by accident:
 Cloning does what the recordings did most often at a state, well or badly, so it ends near their
 average, or below it where its small errors add up. Q-learning first learns what each recorded
 action is worth: its reward, and the value of the best that any recording did from there on. So

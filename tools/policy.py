@@ -44,6 +44,16 @@ def load_script(name: str):
     return script
 
 
+def opened(frame, run: Path, errors: list) -> tuple:
+    """A run's script, one of those here, and what it saved; its own error joins `errors`."""
+    saved = frame.read_checkpoint(run)
+    name, there = saved["about"].get("script"), [x.stem for x in ALGORITHMS.glob("*.py")]
+    frame.check(name in there, f"{run} is of a script {name!r}, which is not here")
+    script = load_script(name)
+    errors.append(script.RunError)
+    return script, saved
+
+
 def restore(script, saved: dict, member=None, device="cpu") -> nn.Module:
     """The saved population, or its member number `member` as a population of one."""
     try:
@@ -103,44 +113,60 @@ def values(script, saved: dict, args) -> None:
 
     Promised is Q(s, a) of an episode's first step, the mean of the critics; earned is the
     discounted sum of the rewards that training sees, of what is played: an episode that is cut
-    off, after T steps, leaves out what gamma^T weighs. A promise far above what is earned is
-    over-estimation, the error that offline methods are made against.
+    off after T steps leaves out what gamma^T weighs. A promise far above what is earned is
+    over-estimation, the error that offline methods are made against, or comes of critics that have
+    not come down yet: their targets take some 1 / (tau (1 - gamma)) moves. Entropy and penalties
+    within Q (EDAC, BRAC, ReBRAC, CQL's entropy_backup) are promised too, and not earned.
     """
     agent, spec, _, episodes = player(script, saved, args)
     known = hasattr(agent, "q") and hasattr(agent, "critic")
     script.check(known, f"{script.__name__}.py has no Q(s, a) of one action to compare")
-    several = "actions" in inspect.signature(agent.q).parameters  # a state's actions: [S, m, N]
-    pairs = np.zeros((agent.cfg.num_seeds, episodes, 2))
-    for number in range(episodes):
-        played = [agent.rows(episode) for episode in play(script, agent, spec, number)]
-        obs, action = (torch.stack([rows[k][:1] for rows in played]) for k in ("obs", "action"))
-        q = agent.q(agent.critic, obs, action[:, None] if several else action)
-        pairs[:, number, 0] = q.flatten(1).mean(1).cpu()
-        for own, rows in zip(pairs, played, strict=True):
-            reward = rows["reward"].double().cpu()
-            own[number, 1] = (agent.cfg.gamma ** torch.arange(len(reward)) * reward).sum()
-    means = dict(zip((f"seed {seed}" for seed in agent.cfg.seeds), pairs.mean(1), strict=True))
-    for name, (promised, earned) in (means | {f"{len(means)} seeds": pairs.mean((0, 1))}).items():
+    seeds, pairs = agent.cfg.num_seeds, []
+    played = play(script, agent, spec, episodes)
+    for first in range(0, len(played), seeds):
+        rows = [script.Agent.rows(agent, each) for each in played[first : first + seeds]]
+        obs, action = (torch.stack([row[k][:1] for row in rows]) for k in ("obs", "action"))
+        promised = q_values(agent, obs, action).mean((1, 2)).tolist()
+        rewards = [row["reward"].double().cpu() for row in rows]
+        earned = [(agent.cfg.gamma ** torch.arange(len(r)) * r).sum().item() for r in rewards]
+        pairs.append(list(zip(promised, earned, strict=True)))
+    means = np.mean(pairs, 0)  # [S, 2]
+    names = [f"seed {seed}" for seed in agent.cfg.seeds] + [f"{seeds} seeds"]
+    for name, (promised, earned) in zip(names, [*means, means.mean(0)], strict=True):
         print(f"{name}: promised {promised:.2f}, earned {earned:.2f}, {promised - earned:+.2f}")
     print(f"discounted rewards from the start of {episodes} episodes a seed; {spec.id}")
 
 
-def play(script, agent: nn.Module, spec, number: int) -> list:
-    """Episode `number` of each member, as the evaluation plays it, in the layout of the data's."""
-    envs = {i: script.gym.make(spec) for i in range(agent.cfg.num_seeds)}
-    start = agent.cfg.eval_seed + number
-    obs = np.stack([script.env_step(env, seed=start)[0] for env in envs.values()])
-    episodes = [{"obs": [x.copy()], "action": [], "reward": [], "terminated": []} for x in obs]
-    while envs:
-        actions = agent.act(agent.obs_mean.new_tensor(obs)[:, None])[:, 0].cpu().numpy()
-        for i, env in list(envs.items()):
-            obs[i], reward, terminated, truncated, _ = script.env_step(env, actions[i])
-            step = (obs[i].copy(), actions[i], reward, terminated)
-            for kept, value in zip(episodes[i].values(), step, strict=True):
+@torch.no_grad()
+def q_values(agent: nn.Module, obs: Tensor, action: Tensor) -> Tensor:
+    """Q of every critic [S, critics, N], of normalised obs [S, N, obs_dim] and unit actions."""
+    several = "actions" in inspect.signature(agent.q).parameters  # a state's: [S, m, N, act_dim]
+    return agent.q(agent.critic, obs, action[:, None] if several else action).flatten(2)
+
+
+def play(script, agent: nn.Module, spec, episodes: int) -> list:
+    """What `evaluate` plays, each episode in the layout of the data's: of episode 0 all members."""
+    step, played, current = script.env_step, [], {}
+
+    def recorded(env, action=None, seed=None):
+        found = obs, reward, terminated, truncated, _ = step(env, action, seed)
+        if action is None:
+            current[env] = {"obs": [obs], "action": [], "reward": [], "terminated": []}
+            played.append(current[env])
+        else:
+            values = (obs, action, reward, terminated)
+            for kept, value in zip(current[env].values(), values, strict=True):
                 kept.append(value)
-            if terminated or truncated:
-                envs.pop(i).close()
-    return [{name: np.array(kept) for name, kept in episode.items()} for episode in episodes]
+        if terminated or truncated:
+            current.pop(env)
+        return found
+
+    script.env_step = recorded
+    try:
+        script.evaluate(agent, spec, (None, None), episodes)
+    finally:
+        script.env_step = step
+    return [{name: np.array(kept) for name, kept in episode.items()} for episode in played]
 
 
 class Exported(nn.Module):
@@ -229,11 +255,7 @@ def main(argv=None) -> int:
             one.add_argument("--member", type=int, default=0, help="0 = the run's first seed")
     try:
         args = parser.parse_args(argv)
-        saved = frame.read_checkpoint(args.run)
-        name, there = saved["about"].get("script"), [x.stem for x in ALGORITHMS.glob("*.py")]
-        frame.check(name in there, f"{args.run} is of a script {name!r}, which is not here")
-        script = load_script(name)
-        known.append(script.RunError)
+        script, saved = opened(frame, args.run, known)
         args.command(script, saved, args)
         return 0
     except tuple(known) as error:

@@ -151,7 +151,8 @@ def suite_tables(scores) -> dict:
 
 def main_tables(scores) -> dict:
     """{budget: scores} of the two budgets that most algorithms and datasets share."""
-    sizes = [tuple(size) for (_, _, *size, _), _ in scores.groups()]
+    cells = {(data, label, *size) for (data, label, *size, _), _ in scores.groups()}
+    sizes = [tuple(size) for _, _, *size in cells]
     most = sorted(set(sizes), key=lambda size: (sizes.count(size), size), reverse=True)[:2]
     table, tables = overview_table(scores), {}
     for budget in (length(*size) for size in most):
