@@ -5,7 +5,7 @@
 RUN is a run's folder, or a checkpoint.pt, of a script with Q(s, a) on datasets/pointmaze/stitch-v0.
 There eight of nine episodes come up the stem and turn left at the crossing, into a dead end; the
 goal lies to the right. At the data's first steps in the crossing after the stem this asks the
-smaller of the two critics for the values of full force to the right and to the left.
+smallest of the critics for the values of full force to the right and to the left.
 
     right - left    what going right is worth more, mean over those states
     mean |Q|        the size of the values, those of going right
@@ -39,10 +39,10 @@ policy = load_tool("policy")
 def arrivals(script, agent, about: dict) -> tuple:
     """Observations [N, obs_dim] and actions [N, act_dim] of the data's steps into the crossing."""
     cfg = dataclasses.replace(agent.cfg, env_id="auto", env_kwargs={})  # the maze of the data
-    cell = script.gym.make(script.find_environment(cfg, about, agent)[0]).unwrapped.maze
-    cell, rows = cell.cell_xy_to_rowcol, []
+    maze = script.gym.make(script.find_environment(cfg, about, agent)[0]).unwrapped.maze
+    rows = []
     for episode in script.load_dataset(cfg, type(agent))[0]:
-        cells = [tuple(cell(obs[:2]).tolist()) for obs in episode["obs"][:-1]]
+        cells = [tuple(maze.cell_xy_to_rowcol(obs[:2]).tolist()) for obs in episode["obs"][:-1]]
         ways = enumerate(itertools.pairwise(cells), 1)
         for i in (i for i, way in ways if way == (STEM, CROSSING)):
             steps = [t for t in range(i, i + FIRST) if cells[t : t + 1] == [CROSSING]]

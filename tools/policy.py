@@ -145,7 +145,7 @@ def q_values(agent: nn.Module, obs: Tensor, action: Tensor) -> Tensor:
 
 
 def play(script, agent: nn.Module, spec, episodes: int) -> list:
-    """What `evaluate` plays, each episode in the layout of the data's: of episode 0 all members."""
+    """Episode 0 of all members, then episode 1, ...: what `evaluate` plays, laid out as data."""
     step, played, current = script.env_step, [], {}
 
     def recorded(env, action=None, seed=None):
