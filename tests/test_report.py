@@ -242,6 +242,10 @@ def test_a_panel_is_of_one_dataset_and_budget(tmp_path):
     fake_run(tmp_path / "e", CURVE, label="CQL", config={"online_steps": 30_000})
     panels = pictures.main_panels(numbers.read(tmp_path).evaluations)
     assert list(panels) == [(data, 10, 0), (data, 10, 30_000)]
+    fake_run(tmp_path / "f", {20: (3, 3)}, label="EDAC", num_updates=20)
+    fake_run(tmp_path / "g", label="CQL")  # 2 of 3: the longer one
+    panels = pictures.main_panels(numbers.read(tmp_path).evaluations)
+    assert list(panels) == [(data, 20, 0), (data, 10, 30_000)]
 
 
 def test_the_picture_shows_every_algorithm_of_its_panels(tmp_path):

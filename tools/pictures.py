@@ -68,16 +68,18 @@ def budgets(evaluations: pd.DataFrame) -> dict:
 
 
 def main_panels(evaluations: pd.DataFrame) -> dict:
-    """Of each dataset the panel with the most algorithms, and of those the longest.
+    """Of each dataset the longest budget that has over half of the algorithms of the fullest one.
 
-    What went on online has one of its own, where several algorithms did.
+    What went on online has a panel of its own, where several algorithms did.
     """
-    best, panels = {}, budgets(evaluations)
+    panels, phases, chosen = budgets(evaluations), {}, []
     for key, rows in panels.items():
-        rank = (rows["label"].nunique(), *key[1:])
-        phase = rank[0] > 1 and key[2] > 0
-        best[key[0], phase] = max(best.get((key[0], phase), (rank, key)), (rank, key))
-    return {key: panels[key] for _, key in best.values()}
+        count = rows["label"].nunique()
+        phases.setdefault((key[0], count > 1 and key[2] > 0), []).append((count, key))
+    for found in phases.values():
+        most = max(count for count, _ in found)
+        chosen.append(max((key for count, key in found if 2 * count > most), key=lambda k: k[1:]))
+    return {key: panels[key] for key in chosen}
 
 
 def groups(rows: pd.DataFrame) -> list:
