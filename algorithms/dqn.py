@@ -956,10 +956,10 @@ class Run:
             check(all(type(sizes[n]) is int and sizes[n] in whole[n] for n in whole), apart)
             if self.saved:
                 self.about, self.seconds = self.about | self.saved["about"], self.saved["seconds"]
-                device, window = self.agent.obs_mean.device, self.saved["window"]
-                right = all(v.shape[1:] == (self.cfg.num_seeds,) for v in window.values())
-                check(right, apart)
-                self.window = {name: [*values.to(device)] for name, values in window.items()}
+                for name, (total, count) in self.saved["window"].items():
+                    right = total.shape == (self.cfg.num_seeds,) and type(count) is int
+                    check(right and count > 0, apart)
+                    self.window[name] = total.double().to(self.agent.obs_mean.device), count
         for name, file in self.logs.items():
             file.truncate(sizes[name])
             file.seek(0, os.SEEK_END)  # so that tell() says where it writes
@@ -997,8 +997,8 @@ class Run:
     def means(self) -> list:
         """Of each seed, its metrics since the last log row, which must be finite."""
         rows = [{"seed": seed} for seed in self.cfg.seeds]
-        for name, values in self.window.items():
-            for row, value in zip(rows, torch.stack(values).double().mean(0).tolist(), strict=True):
+        for name, (total, count) in self.window.items():
+            for row, value in zip(rows, (total / count).tolist(), strict=True):
                 self.check_finite(torch.tensor(value), f"{name} of seed {row['seed']}")
                 row[f"train/{name}"] = value
         return rows
@@ -1016,8 +1016,7 @@ class Run:
         for file in self.logs.values():
             os.fsync(file.fileno())
         content["sizes"] = {name: file.tell() for name, file in self.logs.items()}
-        content["window"] = {name: torch.stack(values) for name, values in self.window.items()}
-        content |= {"config": self.config, "about": self.about}
+        content |= {"config": self.config, "about": self.about, "window": self.window}
         content["online"] = self.online.state() if self.online else None
         buffer = io.BytesIO()  # torch's own writer hides why a disk refuses
         torch.save(content, buffer)
@@ -1033,9 +1032,9 @@ class Run:
             self.graph = self.agent.update
             metrics = self.graph(*arguments)
         self.step += 1
-        for name, value in metrics.items():  # a CUDA graph writes into the same memory each time
-            value = value.clone() if self.cfg.compile == "graphs" else value
-            self.window.setdefault(name, []).append(value)
+        for name, value in metrics.items():  # summed: a tensor kept of each would split the heap
+            total, count = self.window.get(name, (torch.zeros_like(value).double(), 0))
+            self.window[name] = total.add_(value), count + 1
 
     def log_metrics(self) -> None:
         """Write the means since the last log row."""

@@ -1,5 +1,6 @@
 """Runs: folders, logs, resume, what ends a run early, checkpoints, wandb. All to the bit."""
 
+import gc
 import json
 import math
 import os
@@ -603,6 +604,18 @@ def test_logged_metrics_are_means_over_their_interval(script, monkeypatch):
             assert row[f"train/{name}"] == pytest.approx(np.mean(values), rel=1e-5, abs=1e-7)
         if row["seed"] == 6:
             start = row["update"]
+
+
+def test_an_update_leaves_no_tensor_behind(script, monkeypatch):
+    """A tensor kept of each update splits the memory that the next one needs (14 MiB, in CQL)."""
+    alive = {}
+
+    def count(_, at):
+        alive[at] = sum(type(each) is torch.Tensor for each in gc.get_objects())
+
+    before_update(monkeypatch, script, count)
+    assert script.main(long(script, env_id="none", log_every=1000)) == 0
+    assert alive[25] == alive[31]  # amid the same interval, of the same chunk of random numbers
 
 
 def test_progress_is_plain_lines_without_a_terminal(iql, capsys, monkeypatch):
