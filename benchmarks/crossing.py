@@ -14,7 +14,7 @@ smallest of the critics for the values of full force to the right and to the lef
 
 import argparse
 import dataclasses
-import importlib.util
+import importlib
 import itertools
 import sys
 from pathlib import Path
@@ -24,16 +24,8 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STEM, CROSSING, FIRST = (3, 3), (2, 3), 5  # cells (row, column); steps after the arrival
-
-
-def load_tool(name: str):
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-policy = load_tool("policy")
+sys.path.append(str(REPOSITORY / "tools"))
+policy = importlib.import_module("policy")
 
 
 def arrivals(script, agent, about: dict) -> tuple:

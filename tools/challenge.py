@@ -13,7 +13,6 @@ one's are above all of the other's, no if none is above any of them, else undeci
 """
 
 import argparse
-import importlib.util
 import json
 import shlex
 import sys
@@ -24,23 +23,14 @@ from pathlib import Path
 import gymnasium as gym
 import matplotlib
 import numpy as np
+import policy
+import sweep
 import torch
 from torch import nn
 
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt
 
-
-def load_tool(name: str):
-    """tools/NAME.py as a module."""
-    path = Path(__file__).resolve().with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-policy, sweep = load_tool("policy"), load_tool("sweep")
 ALGORITHMS = {"bc": "BC", "iql": "IQL"}  # folders of configs/ -> names
 SCRIPTS = {name: sweep.load_script(folder) for folder, name in ALGORITHMS.items()}
 COLORS = {"BC": "#EE6677", "IQL": "#4477AA", "recorded": "#BBBBBB"}
