@@ -714,8 +714,9 @@ class Run:
                 self.about, self.seconds = self.about | self.saved["about"], self.saved["seconds"]
                 for name, (total, count) in self.saved["window"].items():
                     right = total.shape == (self.cfg.num_seeds,) and type(count) is int
-                    check(right and count > 0, apart)
-                    self.window[name] = total.double().to(self.agent.obs_mean.device), count
+                    check(right and 0 < count <= self.step, apart)
+                    total = total.detach().double().clone()
+                    self.window[name] = [total.to(self.agent.obs_mean.device), count]
         for name, file in self.logs.items():
             file.truncate(sizes[name])
             file.seek(0, os.SEEK_END)  # so that tell() says where it writes
@@ -789,8 +790,8 @@ class Run:
             metrics = self.graph(*arguments)
         self.step += 1
         for name, value in metrics.items():  # summed: a tensor kept of each would split the heap
-            total, count = self.window.get(name, (torch.zeros_like(value).double(), 0))
-            self.window[name] = total.add_(value), count + 1
+            total, count = self.window.get(name) or (torch.zeros_like(value).double(), 0)
+            self.window[name] = [total.add_(value), count + 1]
 
     def log_metrics(self) -> None:
         """Write the means since the last log row."""

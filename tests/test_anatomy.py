@@ -14,15 +14,15 @@ from conftest import REPOSITORY, SCRIPTS
 FRAME = "# ---- frame: the same in every script ----"
 # Lines of a script, and of the shared blocks that a script with an online phase has.
 # What they hold today, and no more; the aim is 640 for bc.py and 820 for iql.py.
-TOTALS = {"awac": 1264, "bc": 1069, "bcq": 1178, "brac": 1230, "cal_ql": 1344, "cql": 1335}
-TOTALS |= {"discrete_bcq": 1303, "discrete_cql": 1297, "discrete_dt": 1492, "dqn": 1313}
-TOTALS |= {"dt": 1285, "edac": 1204, "fql": 1285, "iql": 1278, "rebrac": 1287, "spot": 1296}
-TOTALS |= {"td3_bc": 1231, "xql": 1183}
+TOTALS = {"awac": 1265, "bc": 1070, "bcq": 1179, "brac": 1231, "cal_ql": 1345, "cql": 1336}
+TOTALS |= {"discrete_bcq": 1304, "discrete_cql": 1298, "discrete_dt": 1493, "dqn": 1314}
+TOTALS |= {"dt": 1286, "edac": 1205, "fql": 1286, "iql": 1279, "rebrac": 1288, "spot": 1297}
+TOTALS |= {"td3_bc": 1232, "xql": 1184}
 BLOCKS = ["config", "online_config", "discrete_config", "networks", "layer_norm"]
 BLOCKS += ["squashed_policy", "transformer", "discrete", "data", "evaluation", "run", "online"]
 OPTIONAL = ["online_config", "discrete_config", "layer_norm", "squashed_policy", "transformer"]
 OPTIONAL += ["discrete", "online"]
-SHARED_LINES = 1048  # without layer_norm and squashed_policy; the aim is 580
+SHARED_LINES = 1049  # without layer_norm and squashed_policy; the aim is 580
 MEND = "edit one script, then run: python tests/sync_blocks.py algorithms/<that script>.py"
 
 GLOSSARY = set(

@@ -296,9 +296,11 @@ BROKEN = {
     "logs longer than they are": {"sizes": {"metrics": 10**6, "episodes": 0}},
     "logs shorter than nothing": {"sizes": {"metrics": -1, "episodes": 0}},
     "no sizes": {"sizes": {}},
-    "metrics of other seeds": {"window": {"q": (torch.zeros(5), 1)}},
-    "metrics that are no tensors": {"window": {"q": (1.0, 1)}},
-    "metrics of no update": {"window": {"q": (torch.zeros(2), 0)}},
+    "metrics of other seeds": {"window": {"q": [torch.zeros(5), 1]}},
+    "metrics that are no tensors": {"window": {"q": [1.0, 1]}},
+    "metrics of no update": {"window": {"q": [torch.zeros(2), 0]}},
+    "metrics of half an update": {"window": {"q": [torch.zeros(2), 0.5]}},
+    "metrics of more updates than there were": {"window": {"q": [torch.zeros(2), 10**20]}},
     "metrics without their number": {"window": {"q": torch.zeros(2, 2)}},
 }
 

@@ -500,8 +500,8 @@ def whole_rows() -> None:
 
 
 WRONG = [("step", -1), ("step", 7), ("step", 3.5), ("step", "3"), ("seconds", float("nan"))]
-WRONG += [("seconds", {}), ("window", []), ("window", {"value_loss": torch.zeros(2, 4, 1)})]
-WRONG += [("window", {"value_loss": [0.0]}), ("sizes", {}), ("sizes", [1, 2])]
+WRONG += [("seconds", {}), ("window", []), ("window", {"value_loss": [torch.zeros(4, 1), 2]})]
+WRONG += [("window", {"value_loss": [0.0, 1]}), ("sizes", {}), ("sizes", [1, 2])]
 WRONG += [("sizes", {"metrics": 10**6, "episodes": 10**6}), ("about", {"label": torch.zeros(2)})]
 WRONG += [("sizes", {"metrics": 0.0, "episodes": 0.0})]
 WRONG = [("resume", *each) for each in WRONG]
