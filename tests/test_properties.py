@@ -523,6 +523,22 @@ def test_a_checkpoint_with_a_wrong_field_is_refused(interrupted, use, name, new)
     assert used(script, folder, use, change) == 2
 
 
+def test_sums_of_metrics_are_copied(interrupted):
+    """Adding to numbers that share memory, or that record gradients, is an error of torch."""
+    script, folder = interrupted
+    content = torch.load(folder / "checkpoint.pt", weights_only=True)
+    window = {
+        name: [total[:1].expand(len(total)).requires_grad_(), count]
+        for name, (total, count) in content["window"].items()
+    }
+    assert window
+
+    def change():
+        torch.save({**content, "window": window}, "run/checkpoint.pt")
+
+    assert used(script, folder, "resume", change) == 0
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"3", b"\xa6", b'{"last": 3}'])
 def test_a_result_that_cannot_be_read_is_refused(iql, finished, content):
     change = functools.partial(change_file, Path("run/result.json"), content)

@@ -607,7 +607,7 @@ def test_logged_metrics_are_means_over_their_interval(script, monkeypatch):
 
 
 def test_an_update_leaves_no_tensor_behind(script, monkeypatch):
-    """A tensor kept of each update splits the memory that the next one needs (14 MiB, in CQL)."""
+    """A tensor kept of each update splits the memory that the next needs (14 MiB, in Cal-QL)."""
     alive = {}
 
     def count(_, at):
