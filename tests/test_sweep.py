@@ -30,17 +30,8 @@ def sweep():
 
 def line(*more, **settings) -> list[str]:
     pairs = [f"{name}={value}" for name, value in {**SMALL, **settings}.items()]
-    return [
-        "--algorithms",
-        "bc",
-        "--tasks",
-        "hopper-medium",
-        "--out",
-        "out",
-        *more,
-        "--set",
-        *pairs,
-    ]
+    start = "--algorithms bc --tasks hopper-medium --out out".split()
+    return [*start, *more, "--set", *pairs]
 
 
 def stand_in(sweep, name: str, code: str = ""):
@@ -48,8 +39,12 @@ def stand_in(sweep, name: str, code: str = ""):
     folder = Path("out", name).resolve()
     lines = ["import json, os, pathlib, sys", f"folder = pathlib.Path({str(folder)!r})"]
     lines += ["folder.mkdir(parents=True, exist_ok=True)"]
+    names = ("config.yaml", "environment.json")
+    lines += [f"(folder / {name!r}).write_text('{{}}')" for name in names]
     lines += ["print('ran', flush=True)", code or "(folder / 'result.json').write_text('{}')"]
-    return sweep.Job("bc", folder, [sys.executable, "-c", "\n".join(lines)], {}, 10)
+    config = {"dataset_id": "", "fallback_dataset_id": "", "checkpoint": ""}
+    command = [sys.executable, "-c", "\n".join(lines)]
+    return sweep.Job("bc", folder, command, config, 10, os.getcwd())
 
 
 def ran(job) -> int:
@@ -103,6 +98,15 @@ def test_a_file_and_the_words_that_take_its_place(sweep):
         (line(expectile=0.7), "expectile"),
         (line(actor_lr="1e-3,3"), "actor_lr"),
         ([*line(), "--seeds", "x"], "--seeds"),
+        ([*line("--seeds", "0", "1"), "num_seeds=2"], "name first seeds"),
+        ([*line(), "--set", "batch_size=9"], "twice"),
+        (line(seed=1), "seed comes of seeds"),
+        (line(run_dir="here"), "run_dir comes of out"),
+        (line(config="other.yaml"), "config comes of"),
+        (["nested.yaml"], "['bc']"),
+        (["empty.yaml"], "num_updates has no value"),
+        (["none_label.yaml"], "label"),
+        (["again.yaml"], "num_updates more than once"),
         ([*line(), "alone"], "alone"),
         (line("--workers", "-1"), "--workers"),
         (["none.yaml"], "none.yaml"),
@@ -117,6 +121,11 @@ def test_a_sweep_that_makes_no_sense(sweep, capsys, argv, named):
     Path("kinds.yaml").write_text("tasks: hopper-medium\n")
     Path("more.yaml").write_text("task: [hopper-medium]\n")
     Path("broken.yaml").write_text("a: [")
+    start = "tasks: [hopper-medium]\nout: o\nalgorithms: "
+    Path("nested.yaml").write_text(f"{start}[[bc]]\n")
+    Path("empty.yaml").write_text(f"{start}[bc]\nsettings: {{num_updates: []}}\n")
+    Path("none_label.yaml").write_text(f"{start}[bc]\nsettings: {{label: null}}\n")
+    Path("again.yaml").write_text(f"{start}[bc]\nsettings: {{num_updates: 2, num_updates: 3}}\n")
     before = contents()
     assert sweep.main(argv) == 2
     error = capsys.readouterr().err
@@ -133,6 +142,60 @@ def test_a_finished_run_whose_config_is_broken(sweep, capsys, text):
     assert sweep.main(line()) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "config.yaml" in error
+
+
+def test_flags_that_are_given_again_add_to_the_first(sweep):
+    argv = [*line("--tasks", "pen-human", "--seeds", "1"), "--seeds", "2", "--set", "tau_x=1"]
+    args = sweep.parse(argv)
+    assert (args.tasks, args.seeds) == (["hopper-medium", "pen-human"], [1, 2])
+    assert {**SMALL, "tau_x": 1}.keys() == args.settings.keys()
+
+
+def test_values_of_a_file_reach_the_script_as_they_are(sweep):
+    values = {"env_kwargs": {"scale": 1e-5, "a": None, "b": "x\n{y"}, "label": "no, yes: 'it'"}
+    values |= {"ref_min_score": None, "normalize_obs": True, "actor_lr": 1e-5}
+    text = {"algorithms": ["bc"], "tasks": ["hopper-medium"], "out": "o", "settings": values}
+    Path("s.yaml").write_text(yaml.safe_dump(text))
+    (job,) = sweep.plan(sweep.parse(["s.yaml"]))
+    assert values.items() <= job.config.items()
+    assert load_script("bc").parse(load_script("bc").TrainConfig, job.command[2:]).label
+
+
+def finished(folder, config: dict, checkpoint=None):
+    """What a run leaves, of these settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").write_text("{}")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "environment.json").write_text(json.dumps({"checkpoint": checkpoint}))
+
+
+OTHER = {
+    "a setting": ({"batch_size": 9}, None, "batch_size is 9 there, not 8"),
+    "data": ({"dataset_id": "datasets/x-v0"}, None, "dataset_id"),
+    "environment": ({"env_id": "Hopper-v5"}, None, "env_id is 'Hopper-v5' there, not 'auto'"),
+    "whence it began": ({}, "runs/a", "checkpoint is 'runs/a' there, not ''"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(sweep, capsys, case):
+    (job,) = sweep.plan(sweep.parse(line()))
+    change, checkpoint, problem = OTHER[case]
+    finished(job.folder, {**job.config, **change}, checkpoint)
+    assert sweep.main(line()) == 2 and problem in capsys.readouterr().err
+    with pytest.raises(sweep.SweepError, match="holds another run"):
+        sweep.run(job)  # that another sweep has made since this one was planned
+
+
+def test_a_run_on_the_fallback_or_of_an_older_script_is_finished(sweep, capsys):
+    argv = line(dataset_id="D4RL/none/there-v0", fallback_dataset_id=TOY)
+    (job,) = sweep.plan(sweep.parse(argv))
+    own = {**job.config, "dataset_id": TOY, "fallback_dataset_id": "", "ref_max_score": None}
+    del own["max_envs"]
+    finished(job.folder, own)
+    assert sweep.main(argv) == 0 and not job.log.exists()
+    out = capsys.readouterr().out
+    assert "1 of them finished" in out and f"other data: {job.folder} is of {TOY}, not of D4" in out
 
 
 # ---- running
@@ -162,7 +225,8 @@ def test_a_run_that_an_earlier_sweep_left_behind_is_waited_for(sweep):
         thread.start()
         thread.join(0.3)
         assert thread.is_alive() and not job.log.exists()
-        (job.folder / "result.json").write_text("{}")  # its process ends
+        for name in ("config.yaml", "environment.json", "result.json"):  # its process ends
+            (job.folder / name).write_text("{}")
     thread.join(10)
     assert not thread.is_alive() and not job.log.exists()
 
@@ -191,7 +255,8 @@ def test_killed_and_started_again_it_loses_and_repeats_nothing(sweep, capsys):
             assert logs[0] == logs[1]
     before = contents("out")
     assert sweep.main(argv) == 0 and contents("out") == before
-    assert sweep.main([*argv, "batch_size=9"]) == 2
+    other = [word.replace("batch_size=8", "batch_size=9") for word in argv]
+    assert sweep.main(other) == 2
     assert "batch_size is 8 there, not 9" in capsys.readouterr().err
     assert contents("out") == before
 
@@ -215,6 +280,26 @@ def test_interrupted_it_stops_its_runs(sweep, monkeypatch, capsys):
         assert time.monotonic() < until
         time.sleep(0.01)
     assert [ran(job) for job in jobs[:2]] == [1, 1] and not jobs[2].log.exists()
+
+
+def test_interrupted_no_other_run_begins_and_none_is_waited_for(sweep):
+    """Neither a second attempt of what a signal ended at once, nor a run that has an owner."""
+    job, held = stand_in(sweep, "a", "os.kill(os.getpid(), 2)"), stand_in(sweep, "held")
+    assert "KeyboardInterrupt" in sweep.run(job) and ran(job) == 1
+    held.folder.mkdir(parents=True)
+    with open(held.folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        thread = threading.Thread(target=sweep.run, args=(held,))
+        thread.start()
+        sweep.STOPPED.add("now")
+        thread.join(10)
+        assert not thread.is_alive() and not held.log.exists()
+
+
+def test_relative_paths_start_where_the_user_is(sweep):
+    code = "print(os.getcwd()); (folder / 'result.json').write_text('{}')"
+    job = stand_in(sweep, "a", code)
+    assert sweep.run(job) == "" and str(Path.cwd()) in job.log.read_text().split("\n")
 
 
 def test_on_a_ray_cluster_of_two_workers(sweep, monkeypatch, capsys):

@@ -20,6 +20,7 @@ failed, 2 where the sweep makes no sense, 130 where it was interrupted.
 
 import argparse
 import contextlib
+import dataclasses
 import fcntl
 import functools
 import importlib.util
@@ -43,9 +44,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # Scripts of those folders of configs/ that are not named as theirs.
 SCRIPTS = {"bc_10": "bc", "sac_n": "edac", "lb_sac": "edac", "xql_c": "xql", "qr_dqn": "dqn"}
 SCRIPTS |= {"rem": "dqn"}
-# Settings that a finished run may have otherwise: its data was not to be had, or nothing depends.
-FREE = ("dataset_id", "fallback_dataset_id", "download", "env_id", "env_kwargs", "ref_min_score")
-FREE += ("ref_max_score", "run_dir", "resume", "checkpoint", "wandb", "wandb_project")
+# Settings that a finished run may have otherwise, the first ones where its data was not to be had.
+STAND_IN = {"dataset_id", "env_id", "env_kwargs", "ref_min_score", "ref_max_score"}
+FREE = {"fallback_dataset_id", "download", "run_dir", "resume", "wandb", "wandb_project"}
+OWN = {"seed": "seeds", "config": "algorithms and tasks", "run_dir": "out"}  # what gives them here
 PAUSE = 0.5  # seconds between looks at the runs
 
 
@@ -62,6 +64,7 @@ class Job:
     command: list  # of strings
     config: dict
     updates: int  # in all
+    here: str  # the folder that relative paths start from
 
     @property
     def log(self) -> Path:
@@ -100,7 +103,15 @@ def plan(args) -> list[Job]:
     cases = [dict(zip(tried, values, strict=True)) for values in itertools.product(*tried.values())]
     shown = [name for name, values in tried.items() if len(values) > 1]
     axes = (args.algorithms, args.tasks, cases, args.seeds)
-    return [make_job(args.out, shown, *one) for one in itertools.product(*axes)]
+    jobs, trained = [make_job(args.out, shown, *one) for one in itertools.product(*axes)], set()
+    for job in jobs:
+        first, count = job.config["seed"], job.config["num_seeds"]
+        own = {(job.folder.parent, seed) for seed in range(first, first + count)}
+        if own & trained:
+            problem = f"{first} is trained by another run too, as each trains {count} (num_seeds)"
+            raise SweepError(f"seeds: {problem}: name first seeds that are so far apart")
+        trained |= own
+    return jobs
 
 
 def make_job(out: str, shown: list, algorithm: str, task: str, case: dict, seed: int) -> Job:
@@ -111,26 +122,53 @@ def make_job(out: str, shown: list, algorithm: str, task: str, case: dict, seed:
         raise SweepError(f"tasks: there is no {config}")
     tried = ",".join(f"{name}={case[name]}" for name in shown)
     folder = Path(out, algorithm, task, tried, f"s{seed}").resolve()
-    words = {"config": config, **case, "seed": seed, "run_dir": folder}
-    line = [word for k, v in words.items() for word in (f"--{k}", str(v))]
     try:
+        for spec in (x for x in dataclasses.fields(script.TrainConfig) if x.name in case):
+            script.checked(spec, case[spec.name])  # as a file's, before it becomes a word
+        words = {"config": config, **case, "seed": seed, "run_dir": folder}
+        line = [word for k, v in words.items() for word in (f"--{k}", as_word(v))]
         settings = script.parse(script.TrainConfig, line)
     except script.RunError as error:
         raise SweepError(f"{algorithm} on {task}: {error}") from None
     online = getattr(settings, "online_steps", 0) * getattr(settings, "updates_per_step", 0)
     updates, config = settings.num_updates + online, pyrallis.encode(settings)
     command = [sys.executable, script.__file__, *line, "--resume", "true"]
-    job = Job(algorithm, folder, command, config, updates)
+    job = Job(algorithm, folder, command, config, updates, os.getcwd())
     if job.finished:
-        there = read(folder / "config.yaml")
-        for name in job.config.keys() - FREE:
-            if there.get(name) != job.config[name]:
-                what = f"{name} is {there.get(name)!r} there, not {job.config[name]!r}"
-                raise SweepError(f"{folder} holds another run ({what}): give another --out")
+        check_same(job)
     return job
 
 
+def as_word(value) -> str:
+    """A value of YAML as a word of the command line."""
+    if isinstance(value, dict):
+        return yaml.safe_dump(value, default_flow_style=True, width=sys.maxsize).strip()
+    return "none" if value is None else str(value)
+
+
+def stand_in(job: Job) -> str:
+    """The dataset that a run was really trained on, where it is the fallback."""
+    data = read(job.folder / "config.yaml").get("dataset_id")
+    asked, fallback = job.config["dataset_id"], job.config["fallback_dataset_id"]
+    return data if data == fallback != asked else ""
+
+
+def check_same(job: Job) -> None:
+    """Raises SweepError where the finished run in a job's folder is of other settings.
+
+    A setting that it lacks is newer than its script: no difference.
+    """
+    there, about = (read(job.folder / name) for name in ("config.yaml", "environment.json"))
+    there |= {"checkpoint": about.get("checkpoint") or ""}
+    free = FREE | (STAND_IN if stand_in(job) else set())
+    for name in sorted(job.config.keys() & there.keys() - free):
+        if there[name] != job.config[name]:
+            what = f"{name} is {there[name]!r} there, not {job.config[name]!r}"
+            raise SweepError(f"{job.folder} holds another run ({what}): give another --out")
+
+
 CHILDREN = set()  # processes that train for this one
+STOPPED = set()  # not empty once this is to end: no other run begins
 
 
 def run(job: Job) -> str:
@@ -140,19 +178,24 @@ def run(job: Job) -> str:
     for _ in range(2):
         wait_for_owner(job.folder)
         if job.finished:
+            check_same(job)  # another sweep may have made it
             return ""
+        if STOPPED:
+            return "not begun"
         with open(job.log, "a+b") as log:
             log.write(f"$ {shlex.join(job.command)}\n".encode())
             log.flush()
             start, options = log.tell(), {"stdout": log, "stderr": log, "env": environment}
-            child = subprocess.Popen(job.command, cwd=REPOSITORY, **options)
+            child = subprocess.Popen(job.command, cwd=job.here, **options)
             CHILDREN.add(child)
+            if STOPPED:
+                child.terminate()
             code = child.wait()
             CHILDREN.discard(child)
             log.seek(start)
             lines = log.read().decode(errors="replace").split("\n")
         error = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
-        if code in (0, 130):  # 130: stopped by a signal
+        if code in (0, 130, -signal.SIGINT, -signal.SIGTERM):  # all but 0: stopped by a signal
             return error if code else ""
     return error
 
@@ -161,7 +204,11 @@ def wait_for_owner(folder: Path) -> None:
     """Wait for a process that an earlier sweep left behind and that still trains there."""
     if (folder / "lock").exists():
         with open(folder / "lock", "rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH)
+            while not STOPPED:
+                try:
+                    return fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    time.sleep(PAUSE)
 
 
 # ---- where runs are executed: each gives, of all jobs, what has done(), result() and cancel()
@@ -206,11 +253,8 @@ class Watch:
         self.pairs, self.skipped = list(zip(jobs, futures, strict=True)), skipped
         self.before = [job.done() for job in jobs]  # by earlier sweeps
         self.start, self.told = time.time(), 0.0
-        self.began, self.ended, self.errors = (
-            {},
-            {},
-            {},
-        )  # number of a job -> time, time, last error
+        # Number of a job -> time, time, last error.
+        self.began, self.ended, self.errors = {}, {}, {}
 
     def look(self) -> bool:
         """Note what has begun and ended; whether all have."""
@@ -257,6 +301,8 @@ def outcome(future) -> str:
     """The last error of a run, also where its machine was lost."""
     try:
         return future.result()
+    except SweepError as error:
+        return str(error)
     except Exception as error:  # Ray and submitit have errors of their own
         return f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
 
@@ -264,6 +310,7 @@ def outcome(future) -> str:
 def sweep(args) -> int:
     """Run what is not finished and wait for it."""
     jobs = plan(args)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     rest = [job for job in jobs if not job.finished]
     print(f"{len(jobs)} runs in {args.out}, {len(jobs) - len(rest)} of them finished", flush=True)
     where = on_ray if args.address else on_slurm if args.slurm else local
@@ -274,12 +321,15 @@ def sweep(args) -> int:
             watch.tell()
             time.sleep(PAUSE)
     except KeyboardInterrupt:
+        STOPPED.add("by a signal")
         for future in futures:
             future.cancel()
         for child in list(CHILDREN):
             child.terminate()  # it saves a checkpoint
         raise
     watch.tell()
+    for job in (job for job in jobs if job.finished and stand_in(job)):
+        print(f"other data: {job.folder} is of {stand_in(job)}, not of {job.config['dataset_id']}")
     for i, error in watch.errors.items():
         print(f"failed: {rest[i].folder}: {error} (see {rest[i].log})", file=sys.stderr)
     return 1 if watch.errors else 0
@@ -298,10 +348,11 @@ def parse(argv) -> argparse.Namespace:
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = Parser(description=__doc__, **style)
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="a YAML file")
-    parser.add_argument("--algorithms", nargs="+", metavar="A", help="folders of configs/")
-    parser.add_argument("--tasks", nargs="+", metavar="T", help="files there, without .yaml")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="S", help="first seeds (0)")
-    parser.add_argument("--set", nargs="+", metavar="FIELD=VALUE[,VALUE]", help="settings")
+    several = {"nargs": "+", "action": "extend"}
+    parser.add_argument("--algorithms", **several, metavar="A", help="folders of configs/")
+    parser.add_argument("--tasks", **several, metavar="T", help="files there, without .yaml")
+    parser.add_argument("--seeds", **several, type=int, metavar="S", help="first seeds (0)")
+    parser.add_argument("--set", **several, metavar="FIELD=VALUE[,VALUE]", help="settings")
     parser.add_argument("--out", help="folder of the runs")
     parser.add_argument("--workers", type=int, help="runs at once on this machine (its cores)")
     parser.add_argument("--address", help="of a Ray cluster")
@@ -319,19 +370,36 @@ def parse(argv) -> argparse.Namespace:
         if not equals:
             raise SweepError(f"--set {word}: write it as FIELD=VALUE or FIELD=VALUE,VALUE")
     named = {name: text.split(",") if "," in text else text for name, _, text in pairs}
+    if len(named) < len(pairs):
+        raise SweepError(f"--set: a field is named twice in {args.set}: write FIELD=VALUE,VALUE")
     args.settings = {**(values.get("settings") or {}), **named}
     args.parameters = values.get("slurm") or {}
     for name, usual in (("algorithms", []), ("tasks", []), ("seeds", [0]), ("out", "")):
         setattr(args, name, getattr(args, name) or values.get(name) or usual)
         if not getattr(args, name):
             raise SweepError(f"{name}: nothing is named; --{name} or a line of the file does it")
+    check_entries(args)
     return args
 
 
-def read(path: Path) -> dict:
+def check_entries(args) -> None:
+    """Names are text, seeds whole numbers, and a setting has a value and no other place."""
+    for name, kind in (("algorithms", str), ("tasks", str), ("seeds", int)):
+        for entry in getattr(args, name):
+            if type(entry) is not kind:
+                wanted = "a whole number" if kind is int else "text"
+                raise SweepError(f"{name}: {entry!r} is not {wanted}")
+    for name, value in args.settings.items():
+        if name in OWN or name == "resume":
+            raise SweepError(f"settings: {name} comes of {OWN.get(name, 'this tool')}")
+        if value == []:
+            raise SweepError(f"settings: {name} has no value to try")
+
+
+def read(path: Path, loader=yaml.SafeLoader) -> dict:
     """A YAML file of names and values."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), loader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise SweepError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -341,7 +409,8 @@ def read(path: Path) -> dict:
 
 def read_sweep(path: Path) -> dict:
     """A sweep's file."""
-    values, kinds = read(path), {"settings": dict, "slurm": dict, "out": str}
+    values = read(path, load_script("iql").UniqueKeys)
+    kinds = {"settings": dict, "slurm": dict, "out": str}
     for name, value in values.items():
         if not isinstance(value, kinds.get(name, list)):
             kind = {dict: "a mapping", str: "text", list: "a list"}[kinds.get(name, list)]
