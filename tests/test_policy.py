@@ -324,7 +324,7 @@ def test_bad_input_is_one_line(refused, monkeypatch):
     refused(policy, ["evaluate", "iql", "--env_id", "CartPole-v1"], "CartPole-v1")
     refused(policy, ["evaluate", "iql", "--env_id", "auto", "--episodes", "0"], "--episodes")
     refused(policy, ["evaluate", "iql", "--env_id", "auto", "--episodes", "x"], "--episodes")
-    refused(policy, ["evaluate", "iql", "--env_id", "auto", "--device", "tpu"], "tpu")
+    refused(policy, ["evaluate", "iql", "--env_id", "auto", "--device", "tpu"], "--device tpu")
     refused(policy, ["export", "iql"], "FILE")
     refused(policy, ["export", "iql", "policy.pt"], "policy.pt", ".pt2", ".onnx")
     refused(policy, ["export", "iql", "policy"], "policy", ".pt2", ".onnx")

@@ -123,6 +123,13 @@ def test_runs_of_other_seeds_join_and_a_repeated_seed_counts_once(tmp_path, caps
     assert "a later run replaces its seeds [1]" in capsys.readouterr().err
 
 
+def test_the_later_run_is_the_one_that_began_later(tmp_path):
+    """Whatever its folder is called."""
+    fake_run(tmp_path / "b", {10: (1, 2)}, about={"id": "a0"})
+    fake_run(tmp_path / "a", {10: (91, 92)}, about={"id": "100"})
+    assert numbers.read(tmp_path).seeds["last"].tolist() == [91, 92]
+
+
 DIFFERENT = [
     ({"env_id": "Car-v0"}, "env_id"),
     ({"fingerprint": "ab"}, "fingerprint"),
@@ -164,6 +171,14 @@ def test_the_overview_has_a_row_an_algorithm_and_a_column_a_dataset(tmp_path):
     assert list(table) == ["updates", "algorithm", "hopper/medium-v0", "toy/data-v0"]
     assert table["algorithm"].tolist() == ["DT", "BC", "IQL", "Cal-QL"]
     assert table["toy/data-v0"].tolist()[:3] == ["3.0 ± 0.0 (2 seeds)", "1.0 ± 0.0", ""]
+
+
+def test_other_data_never_share_a_column(tmp_path):
+    for i, data in enumerate(("datasets/a/b-v0", "D4RL/a/b-v0", "a/b-v0", "datasets/c/d-v0")):
+        fake_run(tmp_path / str(i), {10: (i, i)}, dataset_id=data)
+    (row,) = report.overview_table(numbers.read(tmp_path)).to_dict("records")
+    names = {"datasets/a/b-v0": 0, "D4RL/a/b-v0": 1, "a/b-v0": 2, "c/d-v0": 3}
+    assert {k: row[k] for k in names} == {k: f"{v:.1f} ± 0.0 (2 seeds)" for k, v in names.items()}
 
 
 def test_the_readme_shows_the_two_budgets_that_most_was_compared_under(tmp_path):
@@ -234,18 +249,21 @@ def test_a_panel_is_of_one_dataset_and_budget(tmp_path):
     }
     data = "toy/data-v0"
     assert panels == {
-        (data, 10, 0): ["BC", "IQL"],
-        (data, 20, 0): ["DT"],
-        (data, 10, 30_000): ["Cal-QL"],
+        (data, 10, 0, "score"): ["BC", "IQL"],
+        (data, 20, 0, "score"): ["DT"],
+        (data, 10, 30_000, "score"): ["Cal-QL"],
     }
-    assert list(pictures.main_panels(evaluations)) == [(data, 10, 0)]
+    assert [key[:3] for key in pictures.main_panels(evaluations)] == [(data, 10, 0)]
     fake_run(tmp_path / "e", CURVE, label="CQL", config={"online_steps": 30_000})
     panels = pictures.main_panels(numbers.read(tmp_path).evaluations)
-    assert list(panels) == [(data, 10, 0), (data, 10, 30_000)]
+    assert [key[:3] for key in panels] == [(data, 10, 0), (data, 10, 30_000)]
     fake_run(tmp_path / "f", {20: (3, 3)}, label="EDAC", num_updates=20)
     fake_run(tmp_path / "g", label="CQL")  # 2 of 3: the longer one
     panels = pictures.main_panels(numbers.read(tmp_path).evaluations)
-    assert list(panels) == [(data, 20, 0), (data, 10, 30_000)]
+    assert [key[:3] for key in panels] == [(data, 20, 0), (data, 10, 30_000)]
+    returns_only(fake_run(tmp_path / "h", label="BCQ"))  # returns never share a panel with scores
+    panels = pictures.budgets(numbers.read(tmp_path).evaluations)
+    assert set(panels[data, 10, 0, "return"]["label"]) == {"BCQ"}
 
 
 def test_the_picture_shows_every_algorithm_of_its_panels(tmp_path):
@@ -302,11 +320,20 @@ def test_the_page_needs_nothing_else(tmp_path, monkeypatch):
     assert "L2_tau(u) = |tau - 1(u < 0)| u^2" in found.text and "D1" in found.text
 
 
-def test_names_are_text_on_the_page(tmp_path):
-    fake_run(tmp_path / "a", label="<b>&x", dataset_id="toy/<i>-v0", script="../../setup")
+def test_names_are_text_on_the_page_and_in_tables(tmp_path):
+    fake_run(tmp_path / "a", label="<b>&x", dataset_id="toy/<i>$\\frac$-v0", script="../../setup")
+    fake_run(tmp_path / "b", label="$x_$ a|b")
+    fake_run(tmp_path / "c", label="a b")
+    fake_run(tmp_path / "d", {10: (77, 77)}, label="a b (mine)")
+    fake_run(tmp_path / "e", label="a-b")
     assert report.main([str(tmp_path)]) == 0
-    found = Reader((tmp_path / "report.html").read_text())
-    assert "<b>&x" in found.text and "toy/<i>-v0" in found.text and "b" not in found.tags
+    text = (tmp_path / "report.html").read_text()
+    found = Reader(text)
+    assert "<b>&x" in found.text and "toy/<i>" in found.text and "b" not in found.tags
+    assert len(set(found.ids)) == len(found.ids)
+    part = re.search(r'<section id="a\d+-a-b">(.*?)</section>', text, re.DOTALL)[1]
+    assert "77.0" not in part
+    assert "| $x_$ a\\|b |" in (tmp_path / "report.md").read_text()
 
 
 def test_equations_and_deviations_are_read_from_every_script():
@@ -379,15 +406,37 @@ def test_a_broken_run_is_one_line_that_names_it(tmp_path, capsys, name, content)
     assert str(tmp_path / "a") in error
 
 
-@pytest.mark.parametrize("case", ["no runs", "no marks"])
+def test_all_of_a_readme_but_the_marked_part_stays_to_the_byte(tmp_path):
+    fake_run(tmp_path / "a")
+    readme, marks = tmp_path / "README.md", (report.BEGIN.encode(), report.END.encode())
+    for line in (b"\n", b"\r\n"):
+        parts = [b"caf\xe9" + line + marks[0] + line, marks[1] + line + b"tail" + line]
+        readme.write_bytes((b"old" + line).join(parts))
+        assert report.main([str(tmp_path), "--readme", str(readme)]) == 0
+        content = readme.read_bytes()
+        assert content.startswith(parts[0]) and content.endswith(parts[1])
+        assert b"| IQL |" in content and content.count(b"\n") == content.count(line)
+
+
+MARKS = {
+    "none": "nothing here\n",
+    "the end again": f"{report.BEGIN}\n{report.END}\ntail {report.END}\n",
+    "the beginning again": f"{report.BEGIN}\n{report.BEGIN}\n{report.END}\n",
+    "turned round": f"{report.END}\n{report.BEGIN}\n",
+}
+
+
+@pytest.mark.parametrize("case", ["no runs", "a wrong flag", *MARKS])
 def test_errors_are_one_line(case, tmp_path, capsys):
     arguments = [str(tmp_path)]
-    if case == "no marks":
+    if case == "a wrong flag":
+        arguments += ["--redme", "README.md"]
+    if case in MARKS:
         fake_run(tmp_path / "a")
-        (tmp_path / "README.md").write_text("nothing here\n")
+        (tmp_path / "README.md").write_text(MARKS[case])
         arguments += ["--readme", str(tmp_path / "README.md")]
     before = contents(tmp_path)
     assert report.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
-    assert contents(tmp_path) == before
+    assert before.items() <= contents(tmp_path).items()

@@ -135,7 +135,7 @@ def assert_refused(tmp_path, capsys, *problems):
 @pytest.mark.parametrize(
     "changes, problem",
     [
-        ({"last": []}, "without an environment"),
+        ({"last": []}, "has no final evaluation"),
         ({"dataset_id": "/home/me/data"}, "dataset_id holds /home/me/data, a path of one machine"),
         ({"config": {"fallback_dataset_id": "/home/me/data"}}, "config holds /home/me/data"),
         ({"machine": ""}, "machine is empty"),
@@ -171,14 +171,45 @@ def test_other_settings_may_hold_the_same_seed(tmp_path):
         store.add([again], tmp_path / "store")
 
 
-@pytest.mark.parametrize("table, lost", [("episodes", "episodes"), ("runs", "row in runs")])
-def test_a_store_that_lost_a_file_says_which(tmp_path, table, lost):
+@pytest.mark.parametrize("table", store.SCHEMAS)
+def test_a_store_that_lost_a_file_says_which_and_adding_mends_it(tmp_path, table):
+    """Also one that was cut off between two tables, or amid a file."""
     for i in range(2):
         store.add([fake_run(tmp_path / str(i), seeds=(2 * i, 2 * i + 1))], tmp_path / "store")
-    gone = next((tmp_path / "store" / table).iterdir())
-    gone.unlink()
-    with pytest.raises(StoreError, match=f"{gone.stem} has no {lost}: add it again"):
+    whole = contents(tmp_path / "store")
+    gone = min((tmp_path / "store" / table).iterdir())
+    gone.rename(gone.with_name(f".{gone.stem}.part"))
+    with pytest.raises(StoreError, match=f"{gone.stem} has no file in {table}: add it again"):
         store.read(tmp_path / "store")
+    assert store.add([tmp_path / "0", tmp_path / "1"], tmp_path / "store") == [gone.stem]
+    assert contents(tmp_path / "store") == whole
+    store.read(tmp_path / "store").check()
+
+
+def test_a_copied_file_is_not_read_twice(tmp_path):
+    store.add([fake_run(tmp_path / "a")], tmp_path / "store")
+    (file,) = (tmp_path / "store" / "episodes").iterdir()
+    file.with_stem("copy").write_bytes(file.read_bytes())
+    with pytest.raises(StoreError, match="run copy has no file in runs"):
+        store.read(tmp_path / "store")
+
+
+@pytest.mark.parametrize("name", ["label", "config", "packages", "seconds", "num_seeds"])
+def test_a_store_of_another_version_is_one_line(tmp_path, name):
+    store.add([fake_run(tmp_path / "a")], tmp_path / "store")
+    (file,) = (tmp_path / "store" / "runs").iterdir()
+    pd.read_parquet(file).drop(columns=[name]).to_parquet(file)
+    with pytest.raises(StoreError, match=f"{file.stem}: {name} "):
+        store.read(tmp_path / "store")
+
+
+def test_words_with_an_equals_sign_are_words_too(tmp_path):
+    words = ["/home/me/stitch/algorithms/iql.py", "--run_dir=/tmp/a", "--resume=true"]
+    words += ["--config=/home/me/stitch/configs/iql/hopper-medium.yaml", "--label=a=b"]
+    store.add([fake_run(tmp_path / "a", command=words)], tmp_path / "store")
+    (row,) = store.records(store.read(tmp_path / "store").runs)
+    wanted = "python algorithms/iql.py --config configs/iql/hopper-medium.yaml --label a=b"
+    assert row["command"] == wanted
 
 
 def test_the_committed_store_is_whole_and_small():

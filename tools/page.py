@@ -55,7 +55,7 @@ def facts(scores: numbers.Scores) -> str:
 
 
 def curves(key: tuple, rows: pd.DataFrame, title: str = "", **options) -> tuple:
-    title = title or f"{key[0]}\n{numbers.length(*key[1:])} updates"
+    title = title or f"{key[0]}\n{numbers.length(*key[1:3])} updates"
     alt = f"Learning curves: {' '.join(title.split())}"
     lines = len(rows[["label", "number"]].drop_duplicates())
     return image(alt, pictures.svg(pictures.curves, lines, rows, title, **options))
@@ -79,9 +79,9 @@ def suites(scores: numbers.Scores, tables: dict) -> list[dict]:
 def datasets(scores: numbers.Scores) -> list[dict]:
     """Of each dataset its curves, and what a choice of a seed by episodes is worth."""
     found = {}
-    policies = dict(list(scores.seeds.groupby(["data", *numbers.BUDGET])))
+    policies = dict(list(scores.seeds.groupby(pictures.PANEL)))
     for key, rows in pictures.budgets(scores.evaluations).items():
-        size = f"{numbers.length(*key[1:])} updates"
+        size = f"{numbers.length(*key[1:3])} updates"
         images = found.setdefault(key[0], [])
         images.append(curves(key, rows, size))
         named = policies[key].groupby(["label", "number"])
@@ -89,7 +89,7 @@ def datasets(scores: numbers.Scores) -> list[dict]:
         if own:
             own = {name: scores.episodes(part) for name, part in own.items()}
             title = f"choosing a seed, {size}"
-            drawn = pictures.svg(pictures.choices, len(own), own, title)
+            drawn = pictures.svg(pictures.choices, len(own), own, title, key[3])
             images.append(image(f"Expected score of the chosen seed: {key[0]}, {size}", drawn))
     return [{"name": name, "images": images} for name, images in found.items()]
 
@@ -97,13 +97,13 @@ def datasets(scores: numbers.Scores) -> list[dict]:
 def algorithms(scores: numbers.Scores, table: pd.DataFrame) -> list[dict]:
     """A part of the page for each label."""
     parts, rates = [], speeds(scores)
-    for label, runs in scores.runs.groupby("label"):
+    for number, (label, runs) in enumerate(scores.runs.groupby("label"), 1):
         text, deviations = docstring(runs["script"].iloc[-1])
         apart, same = settings(runs)
         own = scores.evaluations[scores.evaluations["label"] == label]
-        rows = table["algorithm"].str.fullmatch(rf"{re.escape(label)}( \(\w+\))*")
+        rows = table["algorithm"].str.fullmatch(rf"{re.escape(label)}( \(\d+\))?( \(return\))?")
         panels = pictures.budgets(own).items()
-        part = {"label": label, "id": "a-" + re.sub(r"[^a-z0-9]+", "-", label.lower())}
+        part = {"label": label, "id": f"a{number}-" + re.sub(r"[^a-z0-9]+", "-", label.lower())}
         part |= {"color": pictures.look(label)["color"], "text": text, "deviations": deviations}
         part |= {"script": runs["script"].iloc[-1] if text else "", "results": html(table[rows])}
         part |= {"images": [curves(key, rows, seeds=True) for key, rows in panels]}

@@ -40,6 +40,7 @@ COLORS = {
 }
 MARKERS = "os^DvP*X<>"
 SPARE = ("#546E7A", "#7B1FA2", "#827717", "#4E342E", "#00838F", "#AD1457")
+PANEL = ["data", *numbers.BUDGET, "unit"]
 STYLE = {
     "axes.grid": True,
     "axes.spines.right": False,
@@ -48,6 +49,7 @@ STYLE = {
     "grid.alpha": 0.3,
     "legend.fontsize": 8,
     "legend.frameon": False,
+    "text.parse_math": False,  # a name may hold $
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "stitch",  # the same picture, the same bytes
 }
@@ -63,8 +65,8 @@ def look(label: str) -> dict:
 
 
 def budgets(evaluations: pd.DataFrame) -> dict:
-    """{(data, updates, steps): its rows}: what is drawn in one panel."""
-    return dict(list(evaluations.groupby(["data", *numbers.BUDGET], sort=True)))
+    """{(data, updates, steps, unit): its rows}: what is drawn in one panel."""
+    return dict(list(evaluations.groupby(PANEL, sort=True)))
 
 
 def main_panels(evaluations: pd.DataFrame) -> dict:
@@ -141,7 +143,7 @@ def profiles(axis, labels: dict, title: str) -> None:
     legend(axis, len(labels))
 
 
-def choices(axis, policies: dict, title: str) -> None:
+def choices(axis, policies: dict, title: str, unit: str) -> None:
     """Expected score of the chosen seed, by the evaluation episodes spent on the choice."""
     lines = {}
     for name, own in policies.items():
@@ -149,7 +151,7 @@ def choices(axis, policies: dict, title: str) -> None:
         lines[name] = points, numbers.chosen(own, points)
     for name, line in sorted(lines.items(), key=lambda item: -item[1][1][-1]):
         axis.plot(*line, label=name, **look(re.sub(r" \(\d+\)$", "", name)))
-    axis.set(title=title, xlabel="evaluation episodes", ylabel="score", xscale="log")
+    axis.set(title=title, xlabel="evaluation episodes", ylabel=unit, xscale="log")
     axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     legend(axis, len(policies))
@@ -182,6 +184,6 @@ def overview(evaluations: pd.DataFrame, path) -> None:
         for axis in axes.flat[len(panels) :]:
             axis.remove()
         for axis, (key, part) in zip(axes.flat, panels.items(), strict=False):
-            curves(axis, part, f"{key[0]}\n{numbers.length(*key[1:])} updates")
+            curves(axis, part, f"{key[0]}\n{numbers.length(*key[1:3])} updates")
         figure.savefig(path, dpi=110)
         plt.close(figure)

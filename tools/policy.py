@@ -69,10 +69,13 @@ def restore(script, saved: dict, member=None, device="cpu") -> nn.Module:
             if solo and own.shape != state[name].shape:  # members are its first axis
                 state[name] = state[name].chunk(seeds)[member]
         agent.load_state_dict(state)
-        return agent.requires_grad_(False).to(device)
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError) as error:
         problem = f"the checkpoint does not go into {script.__name__}.py: {error!r:.200}"
         raise script.RunError(problem) from None
+    try:
+        return agent.requires_grad_(False).to(device)
+    except (AssertionError, RuntimeError) as error:
+        raise script.RunError(f"--device {device} does not work here: {error!r:.200}") from None
 
 
 def player(script, saved: dict, args) -> tuple:

@@ -26,7 +26,7 @@ import pandas as pd
 import pictures
 import scores as numbers
 from scores import GROUP, length
-from store import RESULTS, StoreError
+from store import RESULTS, Parser, StoreError
 
 BEGIN, END = "<!-- results: written by tools/report.py -->", "<!-- end of results -->"
 
@@ -51,7 +51,15 @@ def markdown(table: pd.DataFrame) -> str:
     if table.empty:
         return ""
     lines = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+
+
+def short_names(data) -> dict:
+    """Of datasets, without what most begin with; whole where two would be called the same."""
+    names = {name: name.removeprefix("datasets/").removeprefix("D4RL/") for name in data}
+    shown = list(names.values())
+    return {name: one if shown.count(one) == 1 else name for name, one in names.items()}
 
 
 def results_table(scores) -> pd.DataFrame:
@@ -81,13 +89,12 @@ def results_table(scores) -> pd.DataFrame:
 
 def overview_table(scores) -> pd.DataFrame:
     """A row for each algorithm and budget, a column for each dataset: the last policies."""
-    cells, order = {}, {}
+    cells, order, names = {}, {}, short_names(scores.seeds["data"].unique())
     for (data, label, *size, number), seeds in scores.groups():
         name = named(label, number, seeds["unit"].iloc[0])
         row = cells.setdefault((*size, name), {"updates": length(*size), "algorithm": name})
-        column = data.removeprefix("datasets/").removeprefix("D4RL/")
         few = f" ({len(seeds)} seeds)" if len(seeds) != 4 else ""
-        row[column] = spread(seeds["last"]) + few
+        row[names[data]] = spread(seeds["last"]) + few
         order.setdefault((*size, name), []).append(seeds["last"].mean())
     keys = sorted(cells, key=lambda k: (k[1] > 0, -k[0] - k[1], -len(order[k]), np.mean(order[k])))
     if not keys:
@@ -191,37 +198,40 @@ def report_text(tables: dict) -> str:
 
 
 def fill(readme: Path, text: str) -> None:
-    """Replace what stands between the two marks of `readme`."""
-    old = readme.read_text(encoding="utf-8")
-    if BEGIN not in old or END not in old:
-        raise StoreError(f"{readme} lacks the lines {BEGIN!r} and {END!r}: add them")
-    head, rest = old.split(BEGIN)
-    readme.write_text(f"{head}{BEGIN}\n{text}{END}{rest.split(END)[1]}", encoding="utf-8")
+    """Replace what stands between the two marks of `readme`; all else stays to the byte."""
+    old, marks = readme.read_bytes(), [mark.encode() for mark in (BEGIN, END)]
+    if [old.count(mark) for mark in marks] != [1, 1] or old.find(marks[0]) > old.find(marks[1]):
+        raise StoreError(f"{readme} needs {BEGIN!r} and below it {END!r}, each once")
+    head, tail = old.partition(marks[0])[0], old.partition(marks[1])[2]
+    line = b"\r\n" if b"\r\n" in old else b"\n"
+    middle = f"{BEGIN}\n{text}{END}".encode().replace(b"\n", line)
+    partial = readme.with_name(f"{readme.name}.part")
+    partial.write_bytes(head + middle + tail)
+    partial.replace(readme)
 
 
 def main(argv=None) -> int:
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(description=__doc__, **style)
+    parser = Parser(description=__doc__, **style)
     parser.add_argument("root", type=Path, nargs="?", default=RESULTS, help="a store, or runs")
     parser.add_argument("--readme", type=Path, help="a file whose marked part is replaced")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (the root)")
-    args = parser.parse_args(argv)
-    out = args.out or args.root
     try:
-        scores = numbers.read(args.root)
+        args = parser.parse_args(argv)
+        out, scores = args.out or args.root, numbers.read(args.root)
         if scores.seeds.empty:
-            problem = f"no finished run below {args.root}"
+            problem = f"no finished run with a final evaluation below {args.root}"
             raise StoreError(f"{problem}: train first, for example make train")
-        if args.readme:
-            fill(args.readme, readme_text(scores))
         out.mkdir(parents=True, exist_ok=True)
         tables = all_tables(scores)
         (out / "report.md").write_text(report_text(tables), encoding="utf-8")
         pictures.overview(scores.evaluations, out / "report.png")
         (out / "report.html").write_text(page.build(scores, tables), encoding="utf-8")
-    except (StoreError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        if args.readme:
+            fill(args.readme, readme_text(scores))
+    except (StoreError, OSError, KeyboardInterrupt) as error:
+        print(f"error: {str(error) or 'stopped'}", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 2
     print(markdown(tables["runs"]))
     print(f"{out / 'report.html'} is the whole report; also report.md and report.png")
     return 0

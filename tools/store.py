@@ -92,13 +92,15 @@ class Results:
     metrics: pd.DataFrame
 
     def check_joined(self) -> None:
-        """Raises StoreError where a run stands twice or is not in all tables."""
+        """Raises StoreError where a run stands twice, lacks facts or is not in all tables."""
         again = self.runs["run"][self.runs["run"].duplicated()]
         require(again.empty, f"run {again.min()} is there twice: delete one of its files")
         known, played = set(self.runs["run"]), set(self.episodes["run"])
         for name in sorted(known ^ played | set(self.metrics["run"]) - known):
             lost = "episodes" if name in known else "row in runs"
             raise StoreError(f"run {name} has no {lost}: add it again, or delete its other files")
+        for row in records(self.runs):
+            check_facts(row)
 
     def check(self) -> None:
         """Raises StoreError where a run is not whole, or two hold the same seed."""
@@ -127,7 +129,7 @@ def records(table: pd.DataFrame) -> list[dict]:
 
 
 def read_folder(folder: Path) -> Optional[Results]:
-    """A finished run as tables of one run; None where it was trained without an environment.
+    """A finished run as tables of one run; None where nothing was played after its last update.
 
     Raises StoreError, which names the folder, where files are broken, rows miss or do not agree.
     """
@@ -144,6 +146,7 @@ def read_folder(folder: Path) -> Optional[Results]:
         episodes = [{"environment_step": 0, **row, "run": run["run"]} for row in rows["episodes"]]
         tables = {"runs": [run], "episodes": episodes, "metrics": values(run["run"], rows)}
         results = Results(**{name: frame(name, content) for name, content in tables.items()})
+        check_facts(records(results.runs)[0])
         check_run(records(results.runs)[0], results.episodes, results.metrics)
         check_told(results.episodes, result["last"])
     except StoreError as error:
@@ -188,7 +191,8 @@ def describe(facts: dict, config: dict, episodes: list) -> dict:
 
 def command(words: list) -> str:
     """The command line, its paths as from the repository, without what tells one folder apart."""
-    kept, words = [], iter(words)
+    parts = [x for word in words for x in (word.split("=", 1) if word[:2] == "--" else [word])]
+    kept, words = [], iter(parts)
     for word in words:
         if word in ("--run_dir", "--resume"):
             next(words, None)
@@ -218,15 +222,25 @@ def values(run: str, rows: dict) -> list:
 # ---- checks
 
 
-def check_run(run: dict, episodes: pd.DataFrame, metrics: pd.DataFrame) -> None:
-    """The tables of one run: whole, finite, and as its settings say."""
+def check_facts(run: dict) -> None:
+    """What a row of `runs` has to tell."""
+    where = f"run {run['run']}"
     for name in ("label", "algorithm", "script", "dataset_id", "env_id", "command", "machine"):
-        require(isinstance(run[name], str) and run[name], f"{name} is empty: move the run away")
+        known = isinstance(run[name], str) and run[name]
+        require(known, f"{where}: {name} is empty: move the run away")
     for name in ("num_updates", "online_steps", "seed", "num_seeds", "seconds"):
         known = run[name] is not None and np.isfinite(run[name])
-        require(known, f"{name} is not a finite number: move the run away")
-    require(isinstance(json.loads(run["config"]), dict), "config holds no settings")
-    require(isinstance(json.loads(run["packages"]), dict), "packages holds no versions")
+        require(known, f"{where}: {name} is not a finite number: move the run away")
+    for name in ("config", "packages"):
+        try:
+            known = isinstance(json.loads(run[name]), dict)
+        except (TypeError, ValueError, RecursionError):
+            known = False
+        require(known, f"{where}: {name} holds no names and values: move the run away")
+
+
+def check_run(run: dict, episodes: pd.DataFrame, metrics: pd.DataFrame) -> None:
+    """The tables of one run: whole, finite, and as its settings say."""
     for table in (episodes.drop(columns=["target", "score"]), metrics):
         numbers = table.select_dtypes("number").to_numpy(np.float64)
         require(np.isfinite(numbers).all(), "a logged value is not finite: move the run away")
@@ -247,7 +261,7 @@ def check_paths(run: dict) -> None:
     for name, value in run.items():
         path = isinstance(value, str) and re.search(r"(?:^|[\s\"'=])(/[\w.-]+/[^\s\"']*)", value)
         told = f"{name} holds {path and path[1]}, a path of one machine: train from a relative one"
-        require(not path, told)
+        require(not path, f"run {run['run']}: {told}")
 
 
 def first_target(episodes: pd.DataFrame) -> pd.DataFrame:
@@ -292,19 +306,33 @@ def check_apart(run: dict, other: dict) -> None:
 # ---- the store
 
 
+def files(root: Path) -> dict:
+    """{table: the runs that have a file there}"""
+    return {table: {path.stem for path in (root / table).glob("*.parquet")} for table in SCHEMAS}
+
+
 def is_store(root: Path) -> bool:
-    return all(any((root / table).glob("*.parquet")) for table in SCHEMAS)
+    return all(files(root).values())
 
 
 def read(root: Path) -> Results:
     """The store at `root`, or the finished runs below it. Raises StoreError."""
     if not is_store(root):
         return collect(sorted(path.parent for path in root.rglob("result.json")))
+    there = files(root)
+    for table, names in there.items():
+        for name in sorted(set().union(*there.values()) - names):
+            lost = f"run {name} has no file in {table}"
+            raise StoreError(f"{lost}: add it again, or delete its other files")
+    results = Results(**{table: read_table(root, table) for table in SCHEMAS})
+    results.check_joined()
+    return results
+
+
+def read_table(root: Path, table: str) -> pd.DataFrame:
     try:
-        results = Results(**{n: pd.read_parquet(root / n, schema=compact(n)) for n in SCHEMAS})
-        results.check_joined()
-        return results
-    except (OSError, pa.ArrowException) as error:
+        return pd.read_parquet(root / table, schema=compact(table))
+    except (OSError, ValueError, pa.ArrowException) as error:
         what = " ".join(str(error).split())
         raise StoreError(f"{root} cannot be read ({what:.300}): restore it from git") from None
 
@@ -320,9 +348,11 @@ def compact(table: str) -> pa.Schema:
 
 
 def collect(folders: list) -> Results:
-    """Run folders as one set of tables; copies and what had no environment are left out."""
+    """Run folders as one set of tables, the oldest first; copies and what has no final evaluation
+    are left out.
+    """
     parts = {}
-    for results in map(read_folder, folders):
+    for results in map(read_folder, sorted(folders, key=began)):
         if results is not None:
             parts[results.runs["run"][0]] = results
     empty = Results(**{name: frame(name, []) for name in SCHEMAS})
@@ -330,6 +360,14 @@ def collect(folders: list) -> Results:
         n: [getattr(part, n) for part in parts.values()] or [getattr(empty, n)] for n in SCHEMAS
     }
     return Results(**{name: pd.concat(frames, ignore_index=True) for name, frames in names.items()})
+
+
+def began(folder: Path) -> int:
+    """When a run began, in ns; 0 for one that does not tell."""
+    try:
+        return int(json.loads((folder / "environment.json").read_bytes())["id"], 16)
+    except (OSError, LookupError, RecursionError, TypeError, ValueError):
+        return 0
 
 
 def add(places: list, root: Path) -> list[str]:
@@ -343,9 +381,12 @@ def add(places: list, root: Path) -> list[str]:
         require(folders, f"{place} holds no finished run: train it")
         for folder in folders:
             results = read_folder(folder)
-            require(results, f"{folder} was trained without an environment: nothing to store")
+            why = "env_id is none, or final_eval_episodes is 0"
+            require(results, f"{folder} has no final evaluation ({why}): nothing to store")
             new[results.runs["run"][0]] = results
-    rows = records(read(root).runs) if is_store(root) else []
+    whole = set.intersection(*files(root).values())  # what was cut off between two tables is not
+    rows = records(read_table(root, "runs")) if whole else []
+    rows = [row for row in rows if row["run"] in whole]
     for name in new.keys() & {row["run"] for row in rows}:
         del new[name]
     for results in new.values():
@@ -364,20 +405,25 @@ def write(results: Results, name: str, root: Path) -> None:
     for table in ("episodes", "metrics", "runs"):
         content = pa.Table.from_pandas(getattr(results, table), SCHEMAS[table], False)
         (root / table).mkdir(parents=True, exist_ok=True)
-        partial = root / table / f"{name}.part"
+        partial = root / table / f".{name}.part"  # pandas skips a name that starts so
         plain = content.replace_schema_metadata()  # pandas' notes are longer than a row
         small = {"write_statistics": False, "store_schema": False, "compression_level": 19}
         pq.write_table(plain, partial, compression="zstd", **small)
-        partial.replace(partial.with_suffix(".parquet"))
+        partial.replace(root / table / f"{name}.parquet")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise StoreError(f"{message}: --help shows how to call this")
 
 
 def main(argv=None) -> int:
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(description=__doc__, **style)
+    parser = Parser(description=__doc__, **style)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a folder of runs")
     parser.add_argument("--into", type=Path, default=RESULTS, metavar="DIR", help="the store")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         new = add(args.runs, args.into)
     except (StoreError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
