@@ -37,7 +37,21 @@ def test_a_run_is_asked_at_the_datas_first_steps_in_the_crossing(capsys):
     *_, first, second = capsys.readouterr().out.splitlines()
     data = f"{action[:, 0].mean():.2f}"
     assert [line.split(" | ")[0] for line in (first, second)] == ["| mine"] * 2
-    assert all(line.endswith(f" | {data} |") for line in (first, second))
+    assert all(line.endswith(f" | {data} | 0 | 0 |") for line in (first, second))
+
+
+def test_the_two_ways_to_the_goal_are_told_apart(monkeypatch):
+    """Of three episodes: straight, by the dead end, never there; and all by the dead end."""
+    script = load_script("td3_bc")
+    script.main(words(dataset_id=MAZE, run_dir="run", **TINY))
+    saved = script.read_checkpoint("run")
+    agent = crossing.policy.restore(script, saved)
+    right, left = [(0, -1.5), (0, 0.5), (2, 0.5)], [(0, -1.5), (-0.6, 0.5), (2, 0.5)]
+    walks = [(right, True), (left, True), (left, True), (left, True), (left, False), (left, True)]
+    played = [{"obs": np.array(w), "terminated": np.array([False, end])} for w, end in walks]
+    monkeypatch.setattr(crossing.policy, "play", lambda *_: played)
+    found = crossing.ways(script, agent, saved["about"], 3)
+    np.testing.assert_allclose(found, [[100 / 3, 100 / 3], [0, 100]])
 
 
 def test_values_are_of_full_force_to_both_sides_by_the_smaller_critic():
@@ -52,6 +66,8 @@ def test_values_are_of_full_force_to_both_sides_by_the_smaller_critic():
 def test_other_runs_are_refused(refused):
     load_script("td3_bc").main(words(run_dir="other", env_id="none"))
     refused(crossing, ["other"], "stitch-v0")
+    refused(crossing, ["other", "--episodes", "0"], "--episodes")
+    refused(crossing, [], "RUN")
     load_script("bc").main(words(dataset_id=MAZE, run_dir="clone", **TINY))
     refused(crossing, ["clone"], "bc.py has no Q(s, a)")
 
