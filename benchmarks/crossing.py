@@ -11,7 +11,7 @@ smallest of the critics for the values of full force to the right and to the lef
     mean |Q|        the size of the values, those of going right
     turn            the policy's own force to the right, -1 to 1, and that of the data
     straight        episodes in percent that are at the goal without having gone left
-    detour          the same of those that turned back in the dead end, where no data lead
+    detour          the same of those that went left first, and turned back, as no data do
 """
 
 import argparse

@@ -439,4 +439,4 @@ def test_errors_are_one_line(case, tmp_path, capsys):
     assert report.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
-    assert before.items() <= contents(tmp_path).items()
+    assert contents(tmp_path) == before

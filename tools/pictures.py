@@ -12,7 +12,7 @@ import scores as numbers
 matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 COLORS = {
     "BC": "#000000",
@@ -154,6 +154,7 @@ def choices(axis, policies: dict, title: str, unit: str) -> None:
     axis.set(title=title, xlabel="evaluation episodes", ylabel=unit, xscale="log")
     axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.xaxis.set_minor_formatter(NullFormatter())
     legend(axis, len(policies))
 
 

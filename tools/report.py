@@ -197,17 +197,14 @@ def report_text(tables: dict) -> str:
     return "\n".join(parts)
 
 
-def fill(readme: Path, text: str) -> None:
-    """Replace what stands between the two marks of `readme`; all else stays to the byte."""
+def filled(readme: Path, text: str) -> bytes:
+    """`readme` with `text` between its two marks; all else stays to the byte."""
     old, marks = readme.read_bytes(), [mark.encode() for mark in (BEGIN, END)]
     if [old.count(mark) for mark in marks] != [1, 1] or old.find(marks[0]) > old.find(marks[1]):
         raise StoreError(f"{readme} needs {BEGIN!r} and below it {END!r}, each once")
     head, tail = old.partition(marks[0])[0], old.partition(marks[1])[2]
     line = b"\r\n" if b"\r\n" in old else b"\n"
-    middle = f"{BEGIN}\n{text}{END}".encode().replace(b"\n", line)
-    partial = readme.with_name(f"{readme.name}.part")
-    partial.write_bytes(head + middle + tail)
-    partial.replace(readme)
+    return head + f"{BEGIN}\n{text}{END}".encode().replace(b"\n", line) + tail
 
 
 def main(argv=None) -> int:
@@ -222,13 +219,14 @@ def main(argv=None) -> int:
         if scores.seeds.empty:
             problem = f"no finished run with a final evaluation below {args.root}"
             raise StoreError(f"{problem}: train first, for example make train")
+        readme = filled(args.readme, readme_text(scores)) if args.readme else b""
         out.mkdir(parents=True, exist_ok=True)
         tables = all_tables(scores)
         (out / "report.md").write_text(report_text(tables), encoding="utf-8")
         pictures.overview(scores.evaluations, out / "report.png")
         (out / "report.html").write_text(page.build(scores, tables), encoding="utf-8")
         if args.readme:
-            fill(args.readme, readme_text(scores))
+            args.readme.write_bytes(readme)
     except (StoreError, OSError, KeyboardInterrupt) as error:
         print(f"error: {str(error) or 'stopped'}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 2

@@ -387,6 +387,8 @@ def add(places: list, root: Path) -> list[str]:
     whole = set.intersection(*files(root).values())  # what was cut off between two tables is not
     rows = records(read_table(root, "runs")) if whole else []
     rows = [row for row in rows if row["run"] in whole]
+    for row in rows:
+        check_facts(row)
     for name in new.keys() & {row["run"] for row in rows}:
         del new[name]
     for results in new.values():

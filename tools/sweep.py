@@ -14,7 +14,8 @@ that an earlier start left behind. A run that fails is tried twice. Exit code: 0
 failed, 2 where the sweep makes no sense, 130 where it was interrupted.
 
     here              one process a core (--workers), one thread each
-    --address A       a Ray cluster; this repository and OUT lie at the same paths everywhere
+    --address A       a Ray cluster; this repository, OUT and the folder that this is started in lie
+                      at the same paths everywhere
     --slurm           an array of Slurm jobs through submitit; the same
 """
 
@@ -44,8 +45,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # Scripts of those folders of configs/ that are not named as theirs.
 SCRIPTS = {"bc_10": "bc", "sac_n": "edac", "lb_sac": "edac", "xql_c": "xql", "qr_dqn": "dqn"}
 SCRIPTS |= {"rem": "dqn"}
-# Settings that a finished run may have otherwise, the first ones where its data was not to be had.
-STAND_IN = {"dataset_id", "env_id", "env_kwargs", "ref_min_score", "ref_max_score"}
+# Settings that a finished run may have otherwise.
 FREE = {"fallback_dataset_id", "download", "run_dir", "resume", "wandb", "wandb_project"}
 OWN = {"seed": "seeds", "config": "algorithms and tasks", "run_dir": "out"}  # what gives them here
 PAUSE = 0.5  # seconds between looks at the runs
@@ -63,6 +63,7 @@ class Job:
     folder: Path
     command: list  # of strings
     config: dict
+    usual: dict  # what an older script, which lacks a setting, did
     updates: int  # in all
     here: str  # the folder that relative paths start from
 
@@ -107,9 +108,9 @@ def plan(args) -> list[Job]:
     for job in jobs:
         first, count = job.config["seed"], job.config["num_seeds"]
         own = {(job.folder.parent, seed) for seed in range(first, first + count)}
-        if own & trained:
-            problem = f"{first} is trained by another run too, as each trains {count} (num_seeds)"
-            raise SweepError(f"seeds: {problem}: name first seeds that are so far apart")
+        for folder, seed in sorted(own & trained):
+            mend = f"name all once, and first seeds at least {count} apart (num_seeds)"
+            raise SweepError(f"two runs train seed {seed} in {folder}: {mend}")
         trained |= own
     return jobs
 
@@ -133,9 +134,11 @@ def make_job(out: str, shown: list, algorithm: str, task: str, case: dict, seed:
     online = getattr(settings, "online_steps", 0) * getattr(settings, "updates_per_step", 0)
     updates, config = settings.num_updates + online, pyrallis.encode(settings)
     command = [sys.executable, script.__file__, *line, "--resume", "true"]
-    job = Job(algorithm, folder, command, config, updates, os.getcwd())
-    if job.finished:
-        check_same(job)
+    usual = pyrallis.encode(script.TrainConfig())
+    job = Job(algorithm, folder, command, config, usual, updates, os.getcwd())
+    problem = difference(job) if job.finished else ""
+    if problem:
+        raise SweepError(problem)
     return job
 
 
@@ -153,18 +156,19 @@ def stand_in(job: Job) -> str:
     return data if data == fallback != asked else ""
 
 
-def check_same(job: Job) -> None:
-    """Raises SweepError where the finished run in a job's folder is of other settings.
-
-    A setting that it lacks is newer than its script: no difference.
-    """
+def difference(job: Job) -> str:
+    """What tells the finished run in a job's folder from the job; "" where nothing does."""
     there, about = (read(job.folder / name) for name in ("config.yaml", "environment.json"))
-    there |= {"checkpoint": about.get("checkpoint") or ""}
-    free = FREE | (STAND_IN if stand_in(job) else set())
-    for name in sorted(job.config.keys() & there.keys() - free):
-        if there[name] != job.config[name]:
-            what = f"{name} is {there[name]!r} there, not {job.config[name]!r}"
-            raise SweepError(f"{job.folder} holds another run ({what}): give another --out")
+    there, asked = {**job.usual, **there, "checkpoint": about.get("checkpoint") or ""}, job.config
+    if stand_in(job):  # which leaves these
+        env_id = "none" if asked["env_id"] == "none" else "auto"
+        asked = {**asked, "dataset_id": there["dataset_id"], "env_id": env_id, "env_kwargs": {}}
+        asked |= {"ref_min_score": None, "ref_max_score": None}
+    for name in sorted(asked.keys() - FREE):
+        if there.get(name) != asked[name]:
+            what = f"{name} is {there.get(name)!r} there, not {asked[name]!r}"
+            return f"{job.folder} holds another run ({what}): give another --out"
+    return ""
 
 
 CHILDREN = set()  # processes that train for this one
@@ -178,8 +182,7 @@ def run(job: Job) -> str:
     for _ in range(2):
         wait_for_owner(job.folder)
         if job.finished:
-            check_same(job)  # another sweep may have made it
-            return ""
+            return difference(job)  # another sweep may have made it
         if STOPPED:
             return "not begun"
         with open(job.log, "a+b") as log:
@@ -301,8 +304,6 @@ def outcome(future) -> str:
     """The last error of a run, also where its machine was lost."""
     try:
         return future.result()
-    except SweepError as error:
-        return str(error)
     except Exception as error:  # Ray and submitit have errors of their own
         return f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
 
@@ -314,9 +315,11 @@ def sweep(args) -> int:
     rest = [job for job in jobs if not job.finished]
     print(f"{len(jobs)} runs in {args.out}, {len(jobs) - len(rest)} of them finished", flush=True)
     where = on_ray if args.address else on_slurm if args.slurm else local
-    futures = where(args, rest)
-    watch = Watch(rest, futures, len(jobs) - len(rest))
+    futures = []
+    STOPPED.clear()
     try:
+        futures += where(args, rest)
+        watch = Watch(rest, futures, len(jobs) - len(rest))
         while not watch.look():
             watch.tell()
             time.sleep(PAUSE)
@@ -329,7 +332,8 @@ def sweep(args) -> int:
         raise
     watch.tell()
     for job in (job for job in jobs if job.finished and stand_in(job)):
-        print(f"other data: {job.folder} is of {stand_in(job)}, not of {job.config['dataset_id']}")
+        data = f"is of {stand_in(job)}, not of {job.config['dataset_id']}"
+        print(f"other data: {job.folder} {data}; once that is here, move it away to train anew")
     for i, error in watch.errors.items():
         print(f"failed: {rest[i].folder}: {error} (see {rest[i].log})", file=sys.stderr)
     return 1 if watch.errors else 0
