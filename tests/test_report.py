@@ -320,6 +320,12 @@ def test_the_page_needs_nothing_else(tmp_path, monkeypatch):
     assert "L2_tau(u) = |tau - 1(u < 0)| u^2" in found.text and "D1" in found.text
 
 
+def test_a_choice_is_drawn_in_its_unit_without_tex():
+    own = {"IQL": [np.array([1.0, 2.0]), np.array([3.0, 4.0])]}
+    drawn = pictures.svg(pictures.choices, 1, own, "title", "return")
+    assert ">return<" in drawn and "mathdefault" not in drawn
+
+
 def test_names_are_text_on_the_page_and_in_tables(tmp_path):
     fake_run(tmp_path / "a", label="<b>&x", dataset_id="toy/<i>$\\frac$-v0", script="../../setup")
     fake_run(tmp_path / "b", label="$x_$ a|b")

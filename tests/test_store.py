@@ -201,6 +201,8 @@ def test_a_store_of_another_version_is_one_line(tmp_path, name):
     pd.read_parquet(file).drop(columns=[name]).to_parquet(file)
     with pytest.raises(StoreError, match=f"{file.stem}: {name} "):
         store.read(tmp_path / "store")
+    with pytest.raises(StoreError, match=f"{file.stem}: {name} "):
+        store.add([fake_run(tmp_path / "b", commit="another")], tmp_path / "store")
 
 
 def test_words_with_an_equals_sign_are_words_too(tmp_path):

@@ -301,6 +301,19 @@ def test_interrupted_no_other_run_begins_and_none_is_waited_for(sweep):
         assert not thread.is_alive() and not held.log.exists()
 
 
+def test_a_run_that_begins_as_a_signal_comes_is_stopped(sweep, monkeypatch):
+    begin = sweep.subprocess.Popen
+
+    def signalled(*args, **options):
+        sweep.STOPPED.add("now")
+        return begin(*args, **options)
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", signalled)
+    began = time.monotonic()
+    assert sweep.run(stand_in(sweep, "a", "import time; time.sleep(60)"))
+    assert time.monotonic() - began < 20
+
+
 def test_relative_paths_start_where_the_user_is(sweep):
     code = "print(os.getcwd()); (folder / 'result.json').write_text('{}')"
     job = stand_in(sweep, "a", code)
