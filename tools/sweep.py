@@ -33,6 +33,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -331,9 +332,11 @@ def sweep(args) -> int:
             child.terminate()  # it saves a checkpoint
         raise
     watch.tell()
-    for job in (job for job in jobs if job.finished and stand_in(job)):
-        data = f"is of {stand_in(job)}, not of {job.config['dataset_id']}"
-        print(f"other data: {job.folder} {data}; once that is here, move it away to train anew")
+    ended = [(stand_in(job), job.config["dataset_id"]) for job in jobs if job.finished]
+    for (data, asked), count in Counter(ended).items():
+        if data:
+            mend = "once that is here, move them away to train anew"
+            print(f"other data: {count} runs are of {data}, not of {asked}; {mend}")
     for i, error in watch.errors.items():
         print(f"failed: {rest[i].folder}: {error} (see {rest[i].log})", file=sys.stderr)
     return 1 if watch.errors else 0
