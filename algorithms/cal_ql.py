@@ -169,7 +169,8 @@ def checked(spec: dataclasses.Field, raw):
     with contextlib.suppress(Exception):  # YAML's tags have errors of their own
         shown, text = repr(raw), str(raw).lower()
         if kind is dict:
-            return {**(yaml.load(raw, UniqueKeys) if isinstance(raw, str) else raw)}
+            values = {**(yaml.load(raw, UniqueKeys) if isinstance(raw, str) else raw)}
+            return json.loads(json.dumps(values, allow_nan=False))  # what a checkpoint can hold
         if kind is str and choices and text in choices:
             return text
         if kind is str and not choices and isinstance(raw, str) and raw.isprintable():
@@ -182,7 +183,7 @@ def checked(spec: dataclasses.Field, raw):
         whole = kind is int and number.is_integer()
         if low <= number <= high and (whole or kind in (float, Optional[float])):
             return int(number) if whole else number
-    kinds = {str: "text (in quotes)", bool: "true or false", dict: "a mapping {name: value}"}
+    kinds = {str: "text (in quotes)", bool: "true or false", dict: "a mapping {name: plain value}"}
     wanted = kinds.get(kind, f"a {'whole ' * (kind is int)}number from {low} to {high}")
     raise RunError(f"{spec.name}: {shown:.80} is not {f'one of {choices}' if choices else wanted}")
 
@@ -644,8 +645,8 @@ def load_dataset(cfg, agent_class=Agent) -> tuple:
     if cfg.action_bounds == "data":
         actions = np.concatenate([episode["action"] for episode in episodes])
         space = gym.spaces.Box(actions.min(0), actions.max(0), dtype=space.dtype)
-    mend = "--action_bounds data takes the smallest and largest"
-    check(space.is_bounded(), f"{about} has actions {space} without bounds: {mend}")
+    text = f"{about} has actions {space} without bounds: --action_bounds data takes the data's"
+    check((np.abs([space.low, space.high], dtype=float) < 1e9).all(), text)
     ends = {name: metadata.get(name) for name in ("ref_min_score", "ref_max_score")}
     numbers = all(x is None or (type(x) in (int, float) and abs(x) < 1e9) for x in ends.values())
     check(numbers, f"{about} has {ends}, not numbers")
@@ -656,8 +657,7 @@ def load_dataset(cfg, agent_class=Agent) -> tuple:
         values = values if values.dtype == np.uint8 else values.astype("<f4")
         digest.update(np.ascontiguousarray(values))
     more = {"fingerprint": digest.hexdigest()[:16], "longest_episode": max(lengths)}
-    more["frame_shape"] = shape
-    return episodes, space, {**metadata, **more}
+    return episodes, space, {**metadata, **more, "frame_shape": shape}
 
 
 def read_episode(stored: dict, storage, where: str) -> dict:
@@ -746,12 +746,10 @@ def find_environment(cfg, metadata: dict, agent: nn.Module) -> tuple:
         spec.max_episode_steps = spec.kwargs.pop("max_episode_steps", limit)
         if not spec.max_episode_steps:
             spec.max_episode_steps = metadata["longest_episode"]
-            print(
-                f"{spec.id} has no time limit: {spec.max_episode_steps} steps, the data's longest"
-            )
+            print(f"{spec.id} has no time limit: {spec.max_episode_steps} steps, as the data")
         try_environment(gym.make(spec), agent)
-    if None not in references and references[0] == references[1]:
-        print("WARNING: ref_min_score and ref_max_score are equal: there are no scores")
+    if None not in references and references[0] >= references[1]:
+        print("WARNING: ref_min_score is not below ref_max_score: there are no scores")
         references = None, None
     return spec, references
 
@@ -804,7 +802,7 @@ def evaluate(agent: nn.Module, spec, references: tuple, episodes: int) -> list:
 
     Episode i starts from `eval_seed` + i for every member and any training seed. A row an episode:
     seed, episode, return (undiscounted), length, score: by the reference returns; without them 100
-    or 0 where the environment's last info says whether it was a success, else None.
+    or 0 where the last info of any episode says whether it was a success, else None.
     """
     cfg, rows, success, (low, high) = agent.cfg, [], {}, references
     tasks = list(itertools.product(range(episodes), range(cfg.num_seeds)))
@@ -829,6 +827,8 @@ def evaluate(agent: nn.Module, spec, references: tuple, episodes: int) -> list:
             score = 100 * (value - low) / (high - low) if known else success[i, number - begin]
             row = {"seed": cfg.seeds[i], "episode": number, "return": value}
             rows.append({**row, "length": int(length), "score": score})
+    told = any(row["score"] is not None for row in rows)  # some tell of their successes only
+    rows = [{**row, "score": row["score"] or 0.0} if told else row for row in rows]
     return sorted(rows, key=lambda row: (row["seed"], row["episode"]))
 
 
@@ -941,7 +941,7 @@ class Run:
         return rows
 
     def check_finite(self, values: Tensor, name: str) -> None:
-        keeps = f"{self.folder} keeps the last good checkpoint"
+        keeps = f"{self.folder} keeps the last good checkpoint, if there was one"
         check(values.isfinite().all(), f"{name} not finite by update {self.step}; {keeps}")
 
     def save(self) -> None:
@@ -1114,19 +1114,19 @@ def build(run: Run, agent_class, online_class) -> None:
     run.spec, run.references = find_environment(cfg, metadata, agent)
     saved = run.saved or (read_checkpoint(cfg.checkpoint) if cfg.checkpoint else None)
     if saved:
-        with explained("the checkpoint is not of this script or data"):
-            agent.load_state_dict(saved["agent"])
-            run.step, config = saved["step"], saved["config"]
-            first, normal = config["seed"], config["normalize_obs"]
+        with explained("the checkpoint is not of this script, its data or its sizes"):
+            run.step, state, config = saved["step"], saved["agent"], saved["config"]
+            for name in ("seed", "num_seeds", "normalize_obs", "hidden_dim"):
+                own, mend = config[name], f"give --{name} {config[name]}".lower()
+                check(own == getattr(cfg, name), f"checkpoint: its {name} is {own}, {mend}")
+            same = [torch.allclose(state[n], agent.get_buffer(n).cpu()) for n in Agent.units[2:4]]
+            check(all(same), f"checkpoint: {cfg.dataset_id} has other bounds of actions")
             same = saved["about"]["fingerprint"] == metadata["fingerprint"] or not run.saved
-        check(same, f"{cfg.dataset_id} is not the data that {run.folder} began with")
-        last = cfg.num_updates
-        if run.saved and online_class:
-            last += cfg.online_steps * cfg.updates_per_step
-        past = f"checkpoint: it stands at update {run.step} of {last}, see num_updates"
-        check(0 <= run.step <= last, past)
-        check(first == cfg.seed, f"checkpoint: its first seed is {first}: give --seed {first}")
-        check(normal == cfg.normalize_obs, f"checkpoint: its normalize_obs is {normal}: set it so")
+            check(same, f"{cfg.dataset_id} is not the data that {run.folder} began with")
+            agent.load_state_dict(state)
+        last, goes_on = cfg.num_updates, run.saved and online_class
+        last += cfg.online_steps * cfg.updates_per_step if goes_on else 0
+        check(0 <= run.step <= last, f"checkpoint: at update {run.step} of {last}, see num_updates")
     with explained(f"{cfg.dataset_id} does not go into the memory of {device}"):
         table = agent.table(episodes)
     check(len(table["obs"]), f"dataset {cfg.dataset_id} has no step to learn from")

@@ -39,6 +39,7 @@ import itertools
 import json
 import math
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stderr
@@ -498,7 +499,8 @@ def collect(robot: str, tier: str, steps: int, seed: int, policies: dict) -> lis
     if tier == "medium-replay":
         return train_sac(env_id, steps, recipe["seed"])
     if tier == "medium-expert":
-        halves = (collect(robot, name, steps // 2, seed, policies) for name in ("medium", "expert"))
+        parts = (("medium", steps // 2), ("expert", steps - steps // 2))
+        halves = (collect(robot, name, own, seed, policies) for name, own in parts)
         return [episode for half in halves for episode in half]
     actor = Actor(*sizes(env_id))
     actor.load_state_dict(policies[tier])
@@ -576,6 +578,24 @@ def requirements(env: gym.Env) -> list[str]:
     return [f"{name}=={importlib.metadata.version(name)}" for name in packages]
 
 
+def look_at_place(target: Path) -> None:
+    """Raise CollectError where no set can be written, before hours of recording one."""
+    if target.exists():
+        raise CollectError(f"{target} exists: delete it, or give another --out")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=target.parent, prefix=".stitch-").cleanup()
+    except OSError as error:
+        text = f"{target} cannot be written ({error.strerror})"
+        raise CollectError(f"{text}: give another --out") from None
+
+
+def check_seed(seed: int) -> None:
+    """Raise CollectError where generators would not take it."""
+    if not 0 <= seed < 2**31:
+        raise CollectError(f"--seed {seed}: give one from 0 to {2**31 - 1}")
+
+
 def read_policies(robot: str) -> dict:
     file = POLICIES / f"{robot}.pt"
     if not file.is_file():
@@ -589,10 +609,8 @@ def record_tier(
     """Collect one tier and write it as a Minari dataset, to `out` or into Minari's store."""
     dataset_id = f"stitch/{robot}/{tier}-{VERSION}"
     target = (out or minari.storage.get_dataset_path(dataset_id)).resolve()
-    if target.exists():
-        raise CollectError(f"{target} exists: delete it, or give another --out")
+    look_at_place(target)
     policies = None if robot == "pointmaze" else read_policies(robot)
-    target.parent.mkdir(parents=True, exist_ok=True)
     if policies is None:
         env, default = maze_env(tier), 100_000 if tier == "stitch" else 200_000
         episodes, about = collect_maze(tier, env, steps or default, seed)
@@ -617,8 +635,10 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # the order of sums, and so every bit, depends on it
     try:
-        if args.steps is not None and args.steps < 1:
-            raise CollectError(f"--steps {args.steps}: give at least 1")
+        least = 2 if args.what == "medium-expert" else 1
+        if args.steps is not None and args.steps < least:
+            raise CollectError(f"--steps {args.steps}: give at least {least}")
+        check_seed(args.seed)
         known = MAZES if args.robot == "pointmaze" else ("train", *TIERS)
         if args.what not in known:
             raise CollectError(f"{args.robot} has no {args.what}: give one of {', '.join(known)}")
@@ -629,6 +649,9 @@ def main(argv=None) -> int:
     except (CollectError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

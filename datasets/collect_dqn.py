@@ -330,9 +330,7 @@ def dataset_id(name: str, tier: str) -> str:
 def record_tier(name: str, tier: str, steps: Optional[int], seed: int, out: Optional[Path]) -> None:
     """Write one tier as a Minari dataset, to `out` or into Minari's store."""
     target = (out or minari.storage.get_dataset_path(dataset_id(name, tier))).resolve()
-    if target.exists():
-        raise Problem(f"{target} exists: delete it, or give another --out")
-    target.parent.mkdir(parents=True, exist_ok=True)  # before minutes of learning
+    collect.look_at_place(target)
     game, env = GAMES[name], make(GAMES[name])
     episodes, about, policies = make_log(name, steps, seed) if tier == "log" else read_log(name)
     if tier == "medium":
@@ -371,12 +369,14 @@ def main(argv=None) -> int:
         least = 2 * GAMES[args.game].warmup  # so that there are evaluations to choose from
         if args.steps is not None and (args.tier != "log" or args.steps < least):
             raise Problem(f"--steps {args.steps}: give at least {least}, and only with log")
-        if not 0 <= args.seed < 2**31:
-            raise Problem(f"--seed {args.seed}: give one from 0 to {2**31 - 1}")
+        collect.check_seed(args.seed)
         record_tier(args.game, args.tier, args.steps, args.seed, args.out)
     except (Problem, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

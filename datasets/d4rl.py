@@ -9,17 +9,19 @@ A task becomes `D4RL/<robot>/<dataset>-vN`; `tasks.csv` beside this file is the 
 
 Files of your own, with `--id`
 - Arrays: observations [N, obs_dim], actions [N, act_dim], rewards and terminals [N] or [N, 1], and
-  perhaps timeouts and next_observations. They are stored as float32.
+  perhaps timeouts and next_observations. They are stored as float32. With neither of the two only
+  terminals end an episode.
 - `--env_id` names the environment, whose action space the set takes: a registered id, or
   module:Id-v0, which imports the module. Without it the set names none, and its actions lie within
-  [-1, 1] or, where they exceed that, within the smallest and largest of each component.
+  [-1, 1] or, where they exceed that by more than rounding, within the smallest and largest of
+  each component.
 - `--ref_min_score` and `--ref_max_score` are the returns that score 0 and 100.
 
 Episodes
 - One ends at a terminal, at a timeout, at a jump (its `next_observations` is not the observation
-  that follows: two recordings were joined there) and at the end of the file. Timeouts and jumps
-  truncate; an episode that the file's end cuts (`unfinished`) has neither mark at its last step,
-  for it lacks the rewards to come: its returns are too small.
+  that follows, but for rounding: two recordings were joined there) and at the end of the file.
+  Timeouts and jumps truncate; an episode that the file's end cuts (`unfinished`) has neither mark
+  at its last step, for it lacks the rewards to come: its returns are too small.
 - The last next observation is the file's where it has `next_observations`. Where it has none, that
   of an episode that did not terminate is unknown and stored as NaN; one that terminated repeats its
   last observation, which no bootstrap reads.
@@ -54,6 +56,7 @@ import io
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import tempfile
@@ -85,6 +88,8 @@ COMMAND = "python datasets/d4rl.py"
 SOURCE = "d4rl-hdf5"  # marks what was converted here in Minari's metadata
 BATCH = 100_000  # steps held in memory at once
 LOCAL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG}
+INTERRUPTED = "interrupted: the same command begins again, and goes on with a download"
+OTHER_ENDS = ("truncations", "truncated", "timeout", "dones")  # what others call time limits
 OUTCOMES = ("episodes", "terminated", "timed_out", "jumps", "unfinished")
 REPAIRS = ("terminal_and_timeout", "unknown_last_observations", "repeated_last_observations")
 REPAIRS += ("clipped_steps", "largest_excess")
@@ -302,6 +307,9 @@ def refuse_links(file: h5py.File) -> None:
 
 def find_problem(file: h5py.File, task: Task) -> str | None:
     """What is wrong with the names and shapes of the arrays."""
+    others = [key for key in OTHER_ENDS if key in file and "timeouts" not in file]
+    if task.suite == "own" and others:
+        return f"has {others[0]} and no timeouts: call time limits so, zeros if there are none"
     required = ["observations", "actions", "rewards", "terminals"]
     # a demonstration of the kitchen ends in a terminal
     optional = ["next_observations"] + ["infos/goal"] * (task.suite in MAZES)
@@ -341,11 +349,22 @@ def read(file: h5py.File, key: str, start: int, stop: int) -> np.ndarray:
     return values
 
 
+def as_flags(values: np.ndarray, name: str) -> np.ndarray:
+    """[N] booleans. Raises D4RLError at what is neither 0 nor 1."""
+    flags = np.isin(values, (0, 1))
+    if not flags.all():
+        step = int(flags.argmin())
+        raise D4RLError(f"{name} is {values[step]:g} at step {step:,}: write 0 or 1")
+    return values > 0
+
+
 def read_ends(file: h5py.File, counts: Counter) -> tuple[list[int], np.ndarray, np.ndarray]:
     """Where episodes end: (indices of their last steps, terminals [N], timeouts [N])."""
     steps = counts["source_steps"]
     flags = [
-        read(file, key, 0, steps)[:, 0] > 0 for key in ("terminals", "timeouts") if key in file
+        as_flags(read(file, key, 0, steps)[:, 0], f"{file.filename}: {key}")
+        for key in ("terminals", "timeouts")
+        if key in file
     ]
     terminals, timeouts = [*flags, np.zeros(steps, bool)][:2]
     counts["terminal_and_timeout"] = int((terminals & timeouts).sum())
@@ -353,9 +372,10 @@ def read_ends(file: h5py.File, counts: Counter) -> tuple[list[int], np.ndarray, 
     last[-1] = True
     for start in range(0, steps - 1, BATCH) if "next_observations" in file else ():
         stop = min(start + BATCH, steps - 1)
-        gap = read(file, "next_observations", start, stop)
-        gap -= read(file, "observations", start + 1, stop + 1)
-        last[start:stop] |= np.abs(gap).max(1) > 1e-6
+        found = read(file, "next_observations", start, stop)
+        following = read(file, "observations", start + 1, stop + 1)
+        scale = np.abs([found, following]).max((0, 2)).clip(max=1)  # small ones differ by less
+        last[start:stop] |= np.abs(found - following).max(1) > 1e-6 * scale
     return np.flatnonzero(last).tolist(), terminals, timeouts
 
 
@@ -478,7 +498,7 @@ def build_own(task: Task, file: h5py.File, sizes: list) -> tuple[gym.Env | None,
             env = build_env(task)
             env.spec.to_json()  # as it will be stored
             space, obs_dim = env.action_space, flatdim(env.observation_space)
-        except Exception as error:  # whatever a user's module may raise
+        except (Exception, SystemExit) as error:  # whatever a user's module may raise
             mend = "give a registered id, or module:Id-v0 with the module on PYTHONPATH"
             text = f"--env_id {task.eval_env}: {type(error).__name__} {error}"
             raise D4RLError(f"{text}: {mend}") from None
@@ -487,12 +507,14 @@ def build_own(task: Task, file: h5py.File, sizes: list) -> tuple[gym.Env | None,
             text = f"--env_id {task.eval_env} has {theirs} observations and actions"
             raise D4RLError(f"{text}, the file {sizes}: name the one that it was recorded in")
         return env, space
+    if not {"timeouts", "next_observations"} & file.keys():
+        print("no timeouts and no next_observations: only terminals end an episode")
     steps = len(file["rewards"])
     batches = (read(file, "actions", at, min(at + BATCH, steps)) for at in range(0, steps, BATCH))
     low, high = zip(*((batch.min(0), batch.max(0)) for batch in batches), strict=True)
     low, high = np.min(low, 0), np.max(high, 0)
     least, most = low.min(), high.max()
-    if least >= -1 and most <= 1:
+    if least >= -1 - 1e-5 and most <= 1 + 1e-5:  # but for rounding, which is clipped
         return None, gym.spaces.Box(-1.0, 1.0, low.shape, np.float32)
     print(f"actions from {least:g} to {most:g}: the extremes of each component are its bounds")
     return None, gym.spaces.Box(low, high)
@@ -505,19 +527,32 @@ def build_own(task: Task, file: h5py.File, sizes: list) -> tuple[gym.Env | None,
 def replacing(target: Path) -> Iterator[Path]:
     """The folder to build a set in: hidden, beside its place, and moved there at the end.
 
-    A failure leaves the store as it was, and a set that was there goes only at the end.
+    A failure leaves the store as it was, and a set that was there goes only at the end. SIGTERM
+    interrupts as Ctrl-C does; what SIGKILL leaves behind is named.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    for path in target.parent.glob(".stitch-*"):
+        print(f"{path} is of a process that still runs or was killed: delete it if none does")
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with building(target) as folder:
+            yield folder
+    finally:
+        signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
+
+
+@contextmanager
+def building(target: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".stitch-") as folder:
         built, old = Path(folder) / "new", Path(folder) / "old"
         built.mkdir()
         yield built / "data"
-        if target.exists():
-            target.rename(old)
         try:
+            if target.exists():
+                target.rename(old)
             built.rename(target)
-        except OSError:
-            if old.exists():
+        except BaseException:  # an interruption too
+            if old.exists() and not target.exists():
                 old.rename(target)
             raise
 
@@ -637,7 +672,8 @@ def report(task: Task, counts: dict) -> None:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise D4RLError(f"{message}: --help shows how to call this")
+        hint = " (a negative one after an =)" if "expected one argument" in message else ""
+        raise D4RLError(f"{message}{hint}: --help shows how to call this")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -701,7 +737,7 @@ def main(
     except (D4RLError, OSError) as error:
         return fail(error)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on with the download", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         return 130
 
 

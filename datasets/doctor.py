@@ -206,7 +206,7 @@ class Data:
         if not isinstance(space, gym.spaces.Box):
             return "", ""  # no script takes such actions
         low, high = space.low.ravel().astype(float), space.high.ravel().astype(float)
-        if not space.is_bounded():
+        if not bounded(space):
             low, high = self.actions.min(0), self.actions.max(0)
         units = {"obs_mean": np.zeros(size), "obs_std": np.ones(size)}
         units |= {"action_center": (low + high) / 2, "action_half_range": (high - low) / 2}
@@ -214,6 +214,7 @@ class Data:
         cfg = frame.TrainConfig(env_id=self.env_id)
         agent = getattr(frame, "DiscreteAgent", frame.Agent)(cfg, units)
         metadata = {**self.metadata, "longest_episode": int(self.lengths.max())}
+        metadata |= {"ref_min_score": None, "ref_max_score": None}  # another check's
         try:
             with redirect_stderr(io.StringIO()), redirect_stdout(told), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # old versions of environments ask to be replaced
@@ -333,6 +334,8 @@ def load(dataset_id: str, env_id: str = "auto") -> Data:
     except (DoctorError, frame.RunError, converter().D4RLError) as error:
         raise DoctorError(f"{about}{plain(error)}") from None
     except Exception as error:  # h5py, Minari and gymnasium each have errors of their own
+        if isinstance(error.__context__, KeyboardInterrupt):  # which h5py turns into another
+            raise KeyboardInterrupt from None
         reason = f"cannot be read ({type(error).__name__} {plain(error)})"
         raise DoctorError(f"dataset {dataset_id} {reason}: collect or convert it again") from None
 
@@ -356,6 +359,10 @@ def read(dataset_id: str, folder: Path, env_id: str) -> Data:
     arrays = [joined[name] for name in ("obs", "action", "reward")]
     arrays += [joined[name] > 0 for name in ("terminated", "truncated")]
     arrays += [np.cumsum([0, *joined["steps"]]), joined["number"]]
+    if isinstance(action, gym.spaces.Box) and trainer().has_image(obs):
+        refused.append("scripts of continuous actions take no images")
+    if all(len(each["reward"]) == 1 and np.isnan(each["obs"][-1]).all() for each in episodes):
+        refused.append("of no step is it known what it led to")
     name = plain(metadata.get("dataset_id") or dataset_id)
     return Data(name, metadata, *arrays, broken, refused, env_id, joined.get("frames"), pictures)
 
@@ -587,13 +594,18 @@ def beyond_bounds(space: gym.Space, actions: np.ndarray) -> np.ndarray:
     return np.zeros_like(actions)
 
 
+def bounded(space: gym.spaces.Box) -> bool:
+    """Whether a policy's unit actions can be those of the space, as the scripts judge it."""
+    return bool((np.abs([space.low, space.high], dtype=float) < 1e9).all())
+
+
 def check_actions(data: Data) -> Iterator[Finding]:
     """Actions of another space than the scripts take, outside of it, or that never change."""
     space, refused = data.metadata["action_space"], "the training scripts refuse them"
     if not isinstance(space, (gym.spaces.Box, gym.spaces.Discrete)):
         detail, mend = f"they are of {plain(space)}", "collect them in a Box or a Discrete"
         yield Finding("actions that no script takes", detail, refused, mend)
-    elif not data.actions_known and not space.is_bounded():
+    elif not data.actions_known and not bounded(space):
         mend = "train with --action_bounds data (smallest and largest), or store the true bounds"
         yield Finding("actions without bounds", f"they are of {plain(space)}", refused, mend)
     excess = beyond_bounds(space, data.actions)
@@ -743,7 +755,7 @@ def diagnose(data: Data) -> list[Finding]:
     """All that is wrong; what the training scripts refuse is never fine."""
     findings = [finding for check in CHECKS for finding in check(data)]
     if data.refused and not findings:
-        effect, mend = "training stops there", "drop these episodes, or collect the set again"
+        effect, mend = "training does not begin", "drop such episodes, or collect the set again"
         findings = [Finding("the training scripts refuse it", data.refused[0], effect, mend)]
     return findings
 
@@ -974,11 +986,13 @@ def examine(dataset_id: str, env_id: str, out: Path | None) -> int:
     """Print the page and the findings, save the picture; 0, 1 or, after an error, 2."""
     try:
         data = load(dataset_id, env_id)
+        if data.name != dataset_id:  # two sets may say the same of themselves
+            print(f"{plain(dataset_id)} calls itself {data.name}")
         print(page(data), flush=True)
         findings = diagnose(data)
         print(f"\n{describe(findings)}\n", flush=True)
-        folder, name = out or picture_folder(), re.sub(r"[^A-Za-z0-9_.]+", "-", data.name)
-        path = folder / f"{name.strip('-.')[:100] or 'dataset'}-doctor.png"
+        folder, name = out or picture_folder(), re.sub(r"[^\w.]+", "-", dataset_id, flags=re.A)
+        path = folder / f"{name.strip('-.')[-100:] or 'dataset'}-doctor.png"
         folder.mkdir(parents=True, exist_ok=True)
         draw(data, findings, path)
     except DoctorError as error:
@@ -999,10 +1013,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of the pictures (~/.cache/stitch/doctor)")
     try:
         args = parser.parse_args(argv)
+        return max([examine(dataset_id, args.env_id, args.out) for dataset_id in args.ids])
     except DoctorError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return max([examine(dataset_id, args.env_id, args.out) for dataset_id in args.ids])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

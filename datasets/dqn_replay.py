@@ -389,7 +389,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=CACHE, help="downloads (%(default)s)")
     parser.add_argument("--force", action="store_true", help="replace a set that is in the store")
     args = parser.parse_args(argv)
-    part = r"([\w-]+?)-run(\d)(?:-shards-([\d-]+?))?(?:-([\d_]+)pct)?(?:-v0)?"
+    part = r"([\w-]+?)-run(\d)(?:-shards-(\d+(?:-\d+)*))?(?:-(\d+(?:_\d+)?)pct)?(?:-v0)?"
     named = re.fullmatch(part, args.game or "")
     if named:  # as scripts call a set that is missing
         args.game, args.run = named[1], int(named[2])
@@ -456,7 +456,7 @@ def main(
     except (Problem, OSError) as error:
         return d4rl.fail(error)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on with the download", file=sys.stderr)
+        print(d4rl.INTERRUPTED, file=sys.stderr)
         return 130
 
 

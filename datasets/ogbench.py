@@ -57,7 +57,9 @@ URL_BASE = "https://rail.eecs.berkeley.edu/datasets/ogbench"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "stitch" / "ogbench"
 COMMAND = "python datasets/ogbench.py"
 SOURCE = "ogbench-npz"
-BROKEN = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)  # what a bad file raises
+# what a bad file raises
+BROKEN = (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error)
+BROKEN += (AttributeError, TypeError)  # of members that are no arrays, or not of numbers
 ARM = 14  # entries of qpos before the first cube's
 CUBE = 7  # of each cube: position, quaternion
 
@@ -125,7 +127,7 @@ def read_table() -> dict[str, list[Task]]:
 
 def find_task(name: str, table: dict[str, list[Task]]) -> Task:
     """A task by OGBench's name, which may stop after the data. Raises Problem with near names."""
-    data, number = re.fullmatch(r"(.*?)(?:-singletask(?:-task(\d))?)?(?:-v0)?", name).groups()
+    data, number = re.fullmatch(r"(?s)(.*?)(?:-singletask(?:-task(\d))?)?(?:-v0)?", name).groups()
     for task in table.get(data, ()):
         if number in (None, str(task.number)):
             return task
@@ -144,7 +146,7 @@ def open_source(path: Path, task: Task) -> np.lib.npyio.NpzFile:
     try:
         file = np.load(path)
         names = set(file.files)
-    except (*BROKEN, AttributeError):
+    except BROKEN:
         mend = f"delete it and fetch {URL_BASE}/{task.file} again"
         raise Problem(f"{path} is no npz file or is cut short: {mend}") from None
     for key in ("observations", "actions", "terminals", *state_keys(task)):
@@ -164,6 +166,8 @@ def read(file, path: Path, key: str, size: int, steps: int | None = None) -> np.
     """A whole array [steps, size]. Raises Problem where it is another, or is not of numbers."""
     try:
         values = file[key]
+        if values.dtype.kind not in "biuf":
+            raise TypeError
         values = values.astype(values.dtype if values.dtype.kind == "f" else np.float32, copy=False)
     except BROKEN:
         raise Problem(f"{path}: {key} cannot be read: fetch {path.name} again") from None
@@ -171,7 +175,7 @@ def read(file, path: Path, key: str, size: int, steps: int | None = None) -> np.
     shape = (len(values) if steps is None and values.ndim else steps, size)
     if values.shape != shape:
         raise Problem(f"{path} has {key} of shape {values.shape} instead of {shape}")
-    finite = np.isfinite(values).all(1)
+    finite = (np.abs(values) <= np.finfo(np.float32).max).all(1)  # as it is stored
     if not finite.all():
         raise Problem(f"{path}: {key} is not finite at step {int(finite.argmin()):,}")
     return values
@@ -202,7 +206,7 @@ def read_steps(task: Task, file, path: Path) -> dict[str, np.ndarray]:
 
     `last` is the last state of a trajectory, from which no step is known.
     """
-    last = read(file, path, "terminals", 1)[:, 0] > 0
+    last = d4rl.as_flags(read(file, path, "terminals", 1)[:, 0], f"{path}: terminals")
     if not last.any() or not last[-1]:
         raise Problem(f"{path} ends inside a trajectory: fetch {path.name} again")
     sizes = {"qpos": task.qpos_dim, "button_states": len(task.goal.get("buttons", ()))}
@@ -372,7 +376,7 @@ def main(argv: list[str] | None = None, pauses: Iterable[float] = d4rl.PAUSES) -
     except (Problem, OSError) as error:
         return d4rl.fail(error)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on with the download", file=sys.stderr)
+        print(d4rl.INTERRUPTED, file=sys.stderr)
         return 130
 
 

@@ -199,6 +199,7 @@ def test_no_arrays_beside_the_metadata(iql, refused, data):
         (gym.spaces.Discrete(3), np.zeros(5, np.int64)),
         (gym.spaces.MultiDiscrete([3, 3]), np.zeros((5, 2), np.int64)),
         (gym.spaces.Box(-np.inf, np.inf, (1,)), np.zeros((5, 1), np.float32)),
+        (gym.spaces.Box(-3.4e38, 3.4e38, (1,)), np.zeros((5, 1), np.float32)),  # as good as none
     ],
 )
 def test_action_spaces_that_no_script_here_takes(iql, refused, space, actions):
@@ -230,7 +231,7 @@ WARM = {"run_dir": "warm", "checkpoint": "run"}
 @pytest.mark.parametrize("name, value", [("hidden_dim", 32), ("num_seeds", 2)])
 def test_a_checkpoint_of_other_networks(script, refused, name, value):
     assert script.main(words()) == 0
-    refused(script, words(**{**WARM, name: value}), "checkpoint")
+    refused(script, words(**{**WARM, name: value}), "checkpoint", name)
 
 
 @pytest.mark.parametrize("kind", ["observation", "action"])
@@ -242,6 +243,19 @@ def test_a_checkpoint_of_another_size(iql, refused, kind):
     episode = toy_episode(rng, 30, True, **{f"{kind}s": values.astype(np.float32)})
     write_dataset(Path("store"), "own-v0", [episode], **{**VECTORS, f"{kind}_space": space})
     refused(iql, words(**OWN, env_id="none", **WARM), "checkpoint")
+
+
+def test_a_checkpoint_of_other_bounds(script, refused):
+    """Its policy cannot play all of these actions, and its critics would see them beyond 1."""
+    assert script.main(words()) == 0
+    discrete = hasattr(script, "DiscreteAgent")
+    space = gym.spaces.Discrete(2, start=1) if discrete else gym.spaces.Box(-3, 3, (1,))
+    actions = np.ones(30, np.int64) if discrete else np.full((30, 1), 2.5, np.float32)
+    obs = np.random.default_rng(0).normal(size=(31, 4 if discrete else 3)).astype(np.float32)
+    episode = toy_episode(np.random.default_rng(0), 30, True, observations=obs, actions=actions)
+    about = {**VECTORS, "observation_space": gym.spaces.Box(-np.inf, np.inf, obs.shape[1:])}
+    write_dataset(Path("store"), "own-v0", [episode], **{**about, "action_space": space})
+    refused(script, words(**OWN, env_id="none", **WARM), "checkpoint", "store/own-v0", "bounds")
 
 
 class Evil:

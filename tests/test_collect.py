@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import signal
 from collections import Counter
 
 import gymnasium as gym
@@ -153,6 +154,19 @@ def test_errors_are_one_line_and_keep_what_is_there(tmp_path, capsys, monkeypatc
     assert (tmp_path / "old" / "file").read_text() == "kept"
     assert collect.main(["hopper", "random", "--steps", "0"]) == 2
     assert "--steps 0" in capsys.readouterr().err
+    assert collect.main(["hopper", "medium-expert", "--steps", "1"]) == 2
+    assert "at least 2" in capsys.readouterr().err
+    for seed in ("-1", "99999999999999999999"):
+        assert collect.main(["hopper", "random", "--seed", seed]) == 2
+        assert f"--seed {seed}" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(collect, "collect_tier", lambda *_: pytest.fail("it has begun"))
+    assert collect.main(["hopper", "medium", "--out", str(tmp_path / "file" / "set")]) == 2
+    assert "another --out" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(collect, "record_tier", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert collect.main(["hopper", "medium"]) == 130
+    assert capsys.readouterr().err.startswith("interrupted")
     monkeypatch.setattr(collect, "POLICIES", tmp_path)
     assert collect.main(["hopper", "medium", "--out", str(tmp_path / "new")]) == 2
     error = capsys.readouterr().err

@@ -113,6 +113,10 @@ MISTAKES = [
     ("download", "1", "true or false"),
     ("env_kwargs", "3", "mapping"),
     ("env_kwargs", "[1]", "mapping"),
+    ("env_kwargs", "{a: [0.7, .inf]}", "plain"),
+    ("env_kwargs", "{a: .nan}", "plain"),
+    ("env_kwargs", "{a: 2020-01-01}", "plain"),
+    ("env_kwargs", "{a: !!binary aGVsbG8=}", "plain"),
     ("compile", "sometimes", "one of"),
     ("wandb", "on line", "one of"),
 ]

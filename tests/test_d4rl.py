@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import signal
 import socket
 import sys
 import threading
@@ -15,7 +16,7 @@ import h5py
 import minari
 import numpy as np
 import pytest
-from conftest import load_tool
+from conftest import contents, load_tool
 
 DATASETS = Path(__file__).resolve().parents[1] / "datasets"
 d4rl = load_tool("datasets/d4rl.py")
@@ -646,12 +647,13 @@ def test_own_file(own, capsys):
     assert "mine/valve-v0" in minari.list_local_datasets()
 
 
-def test_own_file_without_timeouts_in_columns(own):
+def test_own_file_without_timeouts_in_columns(own, capsys):
     column = {key: np.zeros((400, 1)) for key in ("rewards", "terminals")}
     column["terminals"][99::100] = 1
     assert d4rl.main(own(timeouts=None, actions=np.zeros(400), **column)) == 0
     episodes, space, _ = load_own()
     assert [bool(episode.terminations[-1]) for episode in episodes] == [True] * 4
+    assert "only terminals end an episode" in capsys.readouterr().out
     assert space.shape == (1,) and episodes[0].actions.shape == (100, 1)
 
 
@@ -665,6 +667,25 @@ def test_own_actions_beyond_one_keep_their_extremes(own, capsys, monkeypatch):
     np.testing.assert_array_equal(np.vstack([e.actions for e in episodes]), actions)
     assert raw["counts"]["clipped_steps"] == 0
     assert "actions from -3 to 0.75" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_own_actions_beyond_one_by_rounding_are_clipped(own, capsys):
+    actions = np.full((400, 2), 0.3, np.float32)
+    actions[7, 0] = np.nextafter(np.float32(1), np.float32(2))
+    assert d4rl.main(own(actions=actions)) == 0
+    episodes, space, raw = load_own()
+    assert space == gym.spaces.Box(-1, 1, (2,), np.float32) and episodes[0].actions[7, 0] == 1
+    assert raw["counts"]["clipped_steps"] == 1 and "bounds" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [1e-8, 1, 1e4])
+def test_own_jumps_are_seen_at_any_scale(own, size):
+    obs = size * np.random.default_rng(0).uniform(1, 2, size=(401, 3))
+    following = obs[1:].copy()
+    following[[99, 199]] *= 1.5
+    following[300] += 1e-9 * size  # rounding
+    assert d4rl.main(own(observations=obs[:-1], next_observations=following, timeouts=None)) == 0
+    assert [len(episode.rewards) for episode in load_own()[0]] == [100, 100, 200]
 
 
 def test_own_environment(own):
@@ -690,7 +711,9 @@ def test_own_environments_that_do_not_fit(own, capsys, store):
         "no_such_module:Valve-v0": "No module named 'no_such_module'",
         "own_valve:Broken-v0": "RuntimeError no device",
         "own_valve:Unnamed-v0": "own_valve:Unnamed-v0: ValueError",
+        "leaves:Valve-v0": "SystemExit",
     }
+    Path(own()[-1]).with_name("leaves.py").write_text("raise SystemExit")
     for name, text in said.items():
         assert text in check_error(capsys, *own("--env_id", name)), name
     assert not [path for path in store.rglob("*") if path.is_file()]
@@ -712,6 +735,12 @@ BAD_OWN_FILES = {
     "rewards is not finite at step 0": {"rewards": np.full(400, 1e300)},
     "observations cannot be read as numbers": {"observations": np.full((400, 3), b"one")},
     "terminals cannot be read as numbers": {"terminals": np.full(400, 1j)},
+    "terminals is 0.5 at step 2": {"terminals": np.where(np.arange(400) == 2, 0.5, 0)},
+    "timeouts is -1 at step 399": {"timeouts": np.where(np.arange(400) == 399, -1, 0)},
+    **{
+        f"has {name} and no timeouts": {name: np.zeros(400, bool), "timeouts": None}
+        for name in ("truncations", "truncated", "timeout", "dones")
+    },
 }
 
 
@@ -756,6 +785,38 @@ def test_bad_own_commands(own, capsys):
         error = check_error(capsys, *own("--ref_min_score", low, "--ref_max_score", high))
         assert "--ref_max_score" in error
     assert "go together" in check_error(capsys, *own("--ref_min_score", "0"))
+    words = own("--ref_min_score", "-1e3", "--ref_max_score", "1")
+    assert "after an =" in check_error(capsys, *words)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["amid the writing", "between the old set and the new one"])
+def test_a_signal_leaves_the_store_as_it_was(own, store, capsys, monkeypatch, number, moment):
+    assert d4rl.main(own()) == 0
+    before, rename, capture = contents(store), Path.rename, capsys.readouterr
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    assert not capture().err
+
+    def moved(self, to):
+        if self.name == "new":
+            signal.raise_signal(number)
+        return rename(self, to)
+
+    with monkeypatch.context() as patch:
+        if moment == "amid the writing":
+            patch.setattr(d4rl.Progress, "__call__", lambda *_: signal.raise_signal(number))
+        else:
+            patch.setattr(Path, "rename", moved)
+        assert d4rl.main(own("--force", actions=np.zeros((400, 2)))) == 130
+    assert capture().err == f"{d4rl.INTERRUPTED}\n" and contents(store) == before
+    assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_what_a_kill_left_is_named(own, store, capsys):
+    left = store / "mine" / ".stitch-abc"
+    left.mkdir(parents=True)
+    assert d4rl.main(own()) == 0
+    assert f"{left} is of a process" in capsys.readouterr().out and left.is_dir()
 
 
 def test_own_set_is_replaced_when_asked_and_nothing_else_is(own, store, capsys):

@@ -141,7 +141,8 @@ def test_clean_set_has_no_finding(patient, capsys):
     lowest = min(patient.get(i, "observations")[:, 2].min() for i in range(EPISODES))
     assert f"observation 2   {lowest:12.4g}" in out
     (picture,) = Path("pictures").iterdir()
-    assert picture.name == "toy-walk-v0-doctor.png"
+    assert picture.name.endswith("-set-doctor.png")
+    assert out.startswith(f"{patient.folder.parent} calls itself toy/walk-v0\n")
     assert out.splitlines()[-1] == f"picture: {picture}"
     with Image.open(picture) as image:
         image.load()
@@ -153,10 +154,35 @@ def test_clean_set_has_no_finding(patient, capsys):
 def test_picture_goes_into_the_cache(patient, cache, capsys):
     before = contents(patient.folder.parent)
     assert doctor.main([str(patient.folder)]) == 0
-    picture = cache / "toy-walk-v0-doctor.png"
-    assert picture.is_file()
+    (picture,) = cache.iterdir()
+    assert picture.name.endswith("-set-data-doctor.png")
     assert capsys.readouterr().out.splitlines()[-1] == f"picture: {picture}"
     assert not list(Path().iterdir()) and contents(patient.folder.parent) == before
+
+
+@pytest.mark.usefixtures("blank")
+def test_sets_that_call_themselves_the_same_get_pictures_of_their_own(patient, cache):
+    mended = patient.folder.parent.with_name("mended")
+    shutil.copytree(patient.folder.parent, mended)
+    assert doctor.main([str(patient.folder.parent), str(mended)]) == 0
+    assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_ctrl_c_is_no_fault_of_the_data(patient, monkeypatch, capsys, wrapped):
+    """Cython turns an interruption that comes at a wrong instant into an error of its own."""
+
+    def interrupted(*_):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            if wrapped:
+                raise SystemError("returned a result with an exception set") from None
+            raise
+
+    monkeypatch.setattr(doctor, "read_episodes", interrupted)
+    assert doctor.main([str(patient.folder)]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 @pytest.mark.parametrize("middle", [1e9, 1e-30, 0.0])
@@ -954,6 +980,35 @@ def test_images_with_numbered_actions_are_fine(frames):
     assert "brightness 0" in page and "action shares " + " ".join(shares) in page
     assert "3 frames of zeros" in frames.notes()
     assert "seen before  0 steps, 0 whole episodes" in page
+
+
+def test_images_are_for_numbered_actions(tmp_path):
+    """As all scripts of other actions see it."""
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (STEPS + 1, 9, 9)).astype(np.uint8)
+    episodes = [toy_episode(rng, STEPS, True, observations=frames + np.uint8(i)) for i in range(6)]
+    about = {"observation_space": BOX(0, 255, (9, 9), np.uint8), "action_space": BOX(-2, 2, (1,))}
+    options = {**about, "env": None, "ref_min_score": None, "ref_max_score": None}
+    folder = write_dataset(tmp_path, "own/images-v0", episodes, **options)
+    found = [finding.detail for finding in doctor.diagnose(doctor.load(str(folder), "none"))]
+    assert found == ["scripts of continuous actions take no images"]
+    settings = {"dataset_id": folder, "env_id": "none", "num_updates": 1}
+    assert load_script("bc").main(words(**settings)) == 2
+
+
+def test_a_set_without_a_known_step(tmp_path):
+    """Each step a time limit, and nothing says what it led to."""
+    rng, episodes = np.random.default_rng(0), []
+    for _ in range(30):
+        obs = np.float32([rng.normal(size=3), [np.nan] * 3])
+        episodes.append(toy_episode(rng, 1, False, observations=obs))
+    options = {"env": None, "ref_min_score": None, "ref_max_score": None}
+    options |= {"observation_space": BOX(-np.inf, np.inf, (3,)), "action_space": BOX(-2, 2, (1,))}
+    folder = write_dataset(tmp_path, "own/steps-v0", episodes, **options)
+    found = doctor.diagnose(doctor.load(str(folder), "none"))
+    assert any("what it led to" in finding.detail for finding in found)
+    settings = {"dataset_id": folder, "env_id": "none", "num_updates": 1}
+    assert load_script("iql").main(words(**settings)) == 2
 
 
 @pytest.mark.parametrize("env_id, title", [("CartPole-v1", None), ("Acrobot-v1", "another one")])

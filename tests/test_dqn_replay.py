@@ -282,6 +282,8 @@ def test_a_part_with_no_step_is_told(logs, capsys):
         (["breakout", "--share", "nan"], "--share nan"),
         (["breakout", "--url-base", "ftp://x"], "--url-base"),
         (["breakout", "--shard", "0"], "--shard"),
+        (["breakout-run1-1__pct"], "breakout-run1-1__pct"),
+        (["breakout-run1-shards-0-_pct"], "breakout-run1-shards-0-_pct"),
     ],
 )
 def test_bad_words(words, named, capsys):

@@ -313,6 +313,7 @@ def test_bad_commands(capsys):
     assert "--list" in check_error(capsys, "scene-play-singletask-task6-v0")
     assert "no task" in check_error(capsys, "visual-cube-single-play")
     assert "name a task" in check_error(capsys)
+    assert "no task" in check_error(capsys, "scene\nplay")
     assert "one task" in check_error(capsys, "scene-play", "cube-single-play", "--file", "x")
     assert "--url-base" in check_error(capsys, "scene-play", "--url-base", "mirror")
     assert "--help" in check_error(capsys, "--wrong")
@@ -337,6 +338,10 @@ BAD_FILES = {
     "qpos is not finite at step 3": {"qpos": holed(10, 25, 3)},
     "actions cannot be read": {"actions": np.array([["one"] * 5] * 10)},
     "observations cannot be read": {"observations": np.array([{}] * 10, object)},
+    "bad.npz: actions cannot be read": {"actions": np.array([["0.5"] * 5] * 10)},
+    "qpos cannot be read": {"qpos": np.zeros((10, 25), complex)},
+    "observations is not finite at step 0": {"observations": np.full((10, 40), 1e300)},
+    "terminals is -1 at step 9": {"terminals": np.where(np.arange(10) == 9, -1, 0)},
     "no step whose next observation is known": {"terminals": np.ones(10, bool)},
 }
 

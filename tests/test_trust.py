@@ -4,6 +4,7 @@ And what users of such tools report: each kind of input ends in the right number
 """
 
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -116,6 +117,9 @@ def test_the_environment_of_a_checkpoint_is_not_imported(iql, capsys):
     torch.save(content, "run/checkpoint.pt")
     assert load_tool("tools/policy.py").main(["evaluate", "run"]) == 2
     assert "--env_id evil:Own-v0" in capsys.readouterr().err
+    known = content["about"]["env_id"]  # a name that the user trusts vouches for no other
+    assert load_tool("tools/policy.py").main(["evaluate", "run", "--env_id", known]) == 2
+    assert "--env_id evil:Own-v0" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("evil")
@@ -163,6 +167,27 @@ def test_success_is_the_score_where_there_are_no_references(name, limit, score):
     known = {"ref_min_score": -1e4, "ref_max_score": 1e4, "run_dir": "known"}
     assert script.main(words(**more, **known)) == 0
     assert {row["score"] for row in rows("known/episodes.jsonl")}.isdisjoint({0, 100})
+
+
+@pytest.mark.parametrize("name", ["bc", "dt"])
+def test_an_environment_that_tells_of_its_successes_only(name, monkeypatch, capsys):
+    """The other episodes were none; the tool that plays a saved policy says the same."""
+    script, count, played = load_script(name), itertools.count(), Success.step
+
+    def step(self, action):
+        obs, reward, *ends, info = played(self, action)
+        return obs, reward, *ends, info if info["success"] and next(count) % 3 == 0 else {}
+
+    monkeypatch.setattr(Success, "step", step)
+    more = {"env_id": "TrustSuccess-v0", "num_updates": 1, "eval_every": 9}
+    assert script.main(words(**more, eval_episodes=3, final_eval_episodes=6)) == 0
+    assert [row["score"] for row in rows("run/episodes.jsonl")][-6:] == [100, 0, 0] * 2
+    tool = ["evaluate", "run", "--env_id", "TrustSuccess-v0"]
+    assert load_tool("tools/policy.py").main(tool) == 0
+    assert "score 33.33" in capsys.readouterr().out
+    monkeypatch.setattr(Success, "step", lambda *_: (*played(*_)[:4], {"success": "yes"}))
+    assert load_tool("tools/policy.py").main(tool) == 2
+    assert "the evaluation fails" in capsys.readouterr().err
 
 
 def test_aliases_that_explode(iql, refused):

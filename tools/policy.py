@@ -85,7 +85,8 @@ def player(script, saved: dict, args) -> tuple:
         config |= {"env_id": args.env_id, "env_kwargs": {}}  # and the run's scores do not hold
         config |= {"ref_min_score": None, "ref_max_score": None}
     agent = restore(script, saved, device=args.device)
-    named, trusted = agent.cfg.env_id, args.env_id or ":" not in agent.cfg.env_id
+    named = agent.cfg.env_id
+    trusted = args.env_id == named or ":" not in named
     script.check(trusted, f"{named} is imported on your own word only: add --env_id {named}")
     spec, references = script.find_environment(agent.cfg, about, agent)
     script.check(spec, "there is nothing to play: name an environment with --env_id")
@@ -97,7 +98,8 @@ def player(script, saved: dict, args) -> tuple:
 def evaluate(script, saved: dict, args) -> None:
     """Play and print: the means of each seed, with the deviation of its episodes."""
     agent, spec, references, episodes = player(script, saved, args)
-    rows, groups = script.evaluate(agent, spec, references, episodes), {}
+    with script.explained("the evaluation fails"):
+        rows, groups = script.evaluate(agent, spec, references, episodes), {}
     units = [unit for unit in ("return", "score") if rows[0][unit] is not None]
     for row in rows:  # a Decision Transformer may have been asked for several returns
         own = groups.setdefault(row.get("target"), {}).setdefault(f"seed {row['seed']}", [])
@@ -166,7 +168,8 @@ def play(script, agent: nn.Module, spec, episodes: int) -> list:
 
     script.env_step = recorded
     try:
-        script.evaluate(agent, spec, (None, None), episodes)
+        with script.explained("the evaluation fails"):
+            script.evaluate(agent, spec, (None, None), episodes)
     finally:
         script.env_step = step
     return [{name: np.array(kept) for name, kept in episode.items()} for episode in played]
