@@ -493,6 +493,8 @@ def build_own(task: Task, file: h5py.File, sizes: list) -> tuple[gym.Env | None,
 
     Without one the space is [-1, 1], or what the data fill where they exceed it.
     """
+    if not {"timeouts", "next_observations"} & file.keys():
+        print("no timeouts and no next_observations: only terminals end an episode")
     if task.eval_env:
         try:
             env = build_env(task)
@@ -507,8 +509,6 @@ def build_own(task: Task, file: h5py.File, sizes: list) -> tuple[gym.Env | None,
             text = f"--env_id {task.eval_env} has {theirs} observations and actions"
             raise D4RLError(f"{text}, the file {sizes}: name the one that it was recorded in")
         return env, space
-    if not {"timeouts", "next_observations"} & file.keys():
-        print("no timeouts and no next_observations: only terminals end an episode")
     steps = len(file["rewards"])
     batches = (read(file, "actions", at, min(at + BATCH, steps)) for at in range(0, steps, BATCH))
     low, high = zip(*((batch.min(0), batch.max(0)) for batch in batches), strict=True)
