@@ -43,9 +43,41 @@ def test_what_scripts_write_is_reported(tmp_path):
     assert texts[0] == texts[1] and "at the switch" in texts[0]
 
 
-def test_scores_of_another_environment_say_so(tmp_path):
-    fake_run(tmp_path / "a", environment_differs="no pen is dropped")
+def test_scores_of_another_environment_say_so_in_every_table(tmp_path):
+    for label in ("IQL", "BC"):
+        fake_run(tmp_path / label, environment_differs="no pen is dropped", label=label)
+    fake_run(tmp_path / "c", CURVE, environment_differs="x", config={"online_steps": 30_000})
+    scores = numbers.read(tmp_path)
     assert rows(tmp_path)[0]["last"] == "20.0 ± 10.0 (environment differs)"
+    tables = report.all_tables(scores)
+    tables["readme"], shown = report.main_tables(scores)["10"], "(environment differs)"
+    found = [tables[name] for name in ("overview", "runs", "online", "readme")]
+    for table in (*found, *tables["suites"].values()):
+        assert all(shown in str(row) for row in table.to_dict("records"))
+    assert tables["suites"]
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, capsys):
+    fake_run(tmp_path / "a")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n" + "text\n" * 1000)
+    readme.chmod(0o640)
+    (tmp_path / "link.md").symlink_to(readme)
+    arguments = [str(tmp_path), "--readme", str(tmp_path / "link.md")]
+    assert report.main(arguments) == 0 and readme.stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "link.md").is_symlink()
+    before, write = contents(tmp_path), report.Path.write_bytes
+
+    def full(path, content):
+        write(path, content[:9])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report.Path, "write_bytes", full)
+    capsys.readouterr()
+    assert report.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "report.md cannot be written" in error
+    assert contents(tmp_path) == before
 
 
 # The switch is at update 10; one environment step an update after it.
@@ -171,6 +203,12 @@ def test_the_overview_has_a_row_an_algorithm_and_a_column_a_dataset(tmp_path):
     assert list(table) == ["updates", "algorithm", "hopper/medium-v0", "toy/data-v0"]
     assert table["algorithm"].tolist() == ["DT", "BC", "IQL", "Cal-QL"]
     assert table["toy/data-v0"].tolist()[:3] == ["3.0 ± 0.0 (2 seeds)", "1.0 ± 0.0", ""]
+
+
+def test_a_label_that_reads_like_second_settings_loses_no_row(tmp_path):
+    for i, (label, tau) in enumerate([("IQL", 0.1), ("IQL", 0.2), ("IQL (2)", 0.1)]):
+        fake_run(tmp_path / str(i), label=label, config={"tau": tau})
+    assert len(report.overview_table(numbers.read(tmp_path))) == 3
 
 
 def test_other_data_never_share_a_column(tmp_path):
@@ -318,6 +356,15 @@ def test_the_page_needs_nothing_else(tmp_path, monkeypatch):
     for row in report.results_table(scores).to_dict("records"):
         assert row["last"] in found.text
     assert "L2_tau(u) = |tau - 1(u < 0)| u^2" in found.text and "D1" in found.text
+
+
+def test_every_label_stands_in_the_legend(tmp_path):
+    for label in ("_child1", "IQL"):
+        fake_run(tmp_path / label, label=label)
+    rows = numbers.read(tmp_path).evaluations
+    for seeds in (True, False):
+        drawn = pictures.svg(pictures.curves, 2, rows, "x", seeds=seeds)
+        assert "_child1  20" in drawn and "IQL  20" in drawn
 
 
 def test_a_choice_is_drawn_in_its_unit_without_tex():

@@ -138,6 +138,8 @@ def assert_refused(tmp_path, capsys, *problems):
         ({"last": []}, "has no final evaluation"),
         ({"dataset_id": "/home/me/data"}, "dataset_id holds /home/me/data, a path of one machine"),
         ({"config": {"fallback_dataset_id": "/home/me/data"}}, "config holds /home/me/data"),
+        ({"dataset_id": "/data"}, "dataset_id holds /data"),
+        ({"dataset_id": "/my data/set/v0"}, "dataset_id holds /my"),
         ({"machine": ""}, "machine is empty"),
         ({"threads": "many"}, "cannot be read"),
         ({"seconds": None}, "seconds is not a finite number"),
@@ -169,6 +171,49 @@ def test_other_settings_may_hold_the_same_seed(tmp_path):
     again = fake_run(tmp_path / "2", config={"tau": 0.2, "device": "cpu"})
     with pytest.raises(StoreError, match="same settings"):
         store.add([again], tmp_path / "store")
+
+
+def test_the_same_name_in_two_spellings_is_one(tmp_path):
+    store.add([fake_run(tmp_path / "old", label="TD3BC")], tmp_path / "store")
+    fake_run(tmp_path / "new" / "a", label="TD3+BC")
+    with pytest.raises(StoreError, match="same settings"):
+        store.add([tmp_path / "new"], tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    "about, facts",
+    [({"env_spec": '{"max_episode_steps": 50}'}, {}), ({}, {"ref_max_score": 50.0})],
+)
+def test_data_of_another_environment_or_scale_are_other_settings(tmp_path, about, facts):
+    """Metadata, of which the fingerprint knows nothing."""
+    first = {"about": {"env_spec": '{"max_episode_steps": 500}'}, "ref_max_score": 499.0}
+    store.add([fake_run(tmp_path / "0", **first)], tmp_path / "store")
+    changed = {"about": {**first["about"], **about}, "ref_max_score": 499.0, "seconds": 9.0}
+    store.add([fake_run(tmp_path / "1", **{**changed, **facts})], tmp_path / "store")
+    rows = store.records(store.read(tmp_path / "store").runs)
+    assert len(store.differences(*map(store.settings, rows))) == 1
+    older = {**rows[0], "env_spec": None, "ref_max_score": None}  # of before they were stored
+    assert all(store.differences(store.settings(older), store.settings(row)) == [] for row in rows)
+
+
+def test_a_store_and_run_folders_give_the_oldest_run_first(tmp_path):
+    for i in range(6):
+        fake_run(
+            tmp_path / "runs" / str(i),
+            seeds=(2 * i, 2 * i + 1),
+            about={"id": f"{(7 * i) % 6 + 1:x}"},
+        )
+    store.add([tmp_path / "runs"], tmp_path / "store")
+    for name in ("runs", "store"):
+        assert store.read(tmp_path / name).runs["began"].tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_runs_behind_a_link_are_found(tmp_path):
+    fake_run(tmp_path / "elsewhere" / "a")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "link").symlink_to(tmp_path / "elsewhere")
+    assert len(store.read(tmp_path / "runs").runs) == 1
+    assert len(store.add([tmp_path / "runs"], tmp_path / "store")) == 1
 
 
 @pytest.mark.parametrize("table", store.SCHEMAS)
@@ -206,7 +251,7 @@ def test_a_store_of_another_version_is_one_line(tmp_path, name):
 
 
 def test_words_with_an_equals_sign_are_words_too(tmp_path):
-    words = ["/home/me/stitch/algorithms/iql.py", "--run_dir=/tmp/a", "--resume=true"]
+    words = ["/home/algorithms/stitch/algorithms/iql.py", "--run_dir=/tmp/a", "--resume=true"]
     words += ["--config=/home/me/stitch/configs/iql/hopper-medium.yaml", "--label=a=b"]
     store.add([fake_run(tmp_path / "a", command=words)], tmp_path / "store")
     (row,) = store.records(store.read(tmp_path / "store").runs)

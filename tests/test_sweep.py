@@ -115,6 +115,12 @@ def test_a_file_and_the_words_that_take_its_place(sweep):
         (["kinds.yaml"], "tasks"),
         (["more.yaml"], "task"),
         (["broken.yaml"], "broken.yaml"),
+        (["deep.yaml"], "deep.yaml"),
+        (["workers.yaml"], "there is no workers"),
+        (["no_seeds.yaml"], "seeds: nothing is named"),
+        (line("--tasks", "../iql/hopper-medium"), "is a path"),
+        (line(actor_lr="1e-3,0.001"), "the same settings"),
+        (line("--slurm", "sweep.yaml"), "the file goes before"),
     ],
 )
 def test_a_sweep_that_makes_no_sense(sweep, capsys, argv, named):
@@ -126,12 +132,55 @@ def test_a_sweep_that_makes_no_sense(sweep, capsys, argv, named):
     Path("nested.yaml").write_text(f"{start}[[bc]]\n")
     Path("empty.yaml").write_text(f"{start}[bc]\nsettings: {{num_updates: []}}\n")
     Path("none_label.yaml").write_text(f"{start}[bc]\nsettings: {{label: null}}\n")
+    Path("deep.yaml").write_text("[" * 5000)
+    Path("workers.yaml").write_text("workers: 4\n")
+    Path("no_seeds.yaml").write_text(f"{start}[bc]\nseeds: []\n")
     Path("again.yaml").write_text(f"{start}[bc]\nsettings: {{num_updates: 2, num_updates: 3}}\n")
     before = contents()
     assert sweep.main(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and named in error
     assert contents() == before
+
+
+def test_values_with_slashes_stay_in_the_folder_and_a_mapping_is_one_value(sweep):
+    argv = line(checkpoint="../../../a,../b", env_kwargs="{a: 1, b: 2}")
+    jobs = sweep.plan(sweep.parse(argv))
+    assert {job.folder.parents[1] for job in jobs} == {Path("out/bc/hopper-medium").resolve()}
+    assert [job.config["checkpoint"] for job in jobs] == ["../../../a", "../b"]
+    assert jobs[0].config["env_kwargs"] == {"a": 1, "b": 2}
+
+
+def test_a_checkpoint_of_any_name_is_the_same_one(sweep):
+    Path("environment.json").write_text(json.dumps({"checkpoint": "runs/\U0001f600"}))
+    assert sweep.read(Path("environment.json")) == {"checkpoint": "runs/\U0001f600"}
+
+
+@pytest.mark.parametrize(
+    "package, words",
+    [
+        ("submitit", ["--slurm", "nonsense"]),
+        ("submitit", ["slurm.yaml", "--slurm", "local"]),
+        ("ray", ["--address", "nonsense"]),
+    ],
+)
+def test_a_cluster_that_does_not_start_is_one_line(sweep, capsys, package, words):
+    pytest.importorskip(package)
+    Path("slurm.yaml").write_text("slurm: {timeout_min: abc}\n")
+    assert sweep.main([*words[:-2], *line(*words[-2:])]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and " ".join(words[-2:]) in error
+
+
+def test_where_nobody_listens_any_more_the_runs_go_on():
+    code = f"import sys; sys.path.append({str(REPOSITORY / 'tools')!r}); import sweep\n"
+    code += "sys.stdin.read(); sweep.say('a'); sweep.say('b'); sys.exit(7)"
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code], **pipes)
+    process.stdout.close()
+    process.stdin.close()
+    assert process.stderr.read() == b"" and process.wait() == 7
+    process.stderr.close()
 
 
 @pytest.mark.parametrize("text", ["", "- a", "a: [", "\0"])

@@ -99,11 +99,11 @@ def curves(axis, rows: pd.DataFrame, title: str, seeds: bool = False) -> None:
 
     With `seeds` every seed is a thin line; of more than six algorithms the means alone are shown.
     """
-    parts = groups(rows)
+    parts, lines = groups(rows), []
     for label, name, curve in parts:
         style, x, y = look(label), curve.index.to_numpy(), curve.to_numpy()
         mean = np.nanmean(y, 1)
-        axis.plot(x, mean, label=f"{name}  {mean[-1]:.0f}", **style)
+        lines += axis.plot(x, mean, label=f"{name}  {mean[-1]:.0f}", **style)
         if seeds:
             gap = np.append(y.T, np.full((y.shape[1], 1), np.nan), 1)  # one line, for speed
             x = np.tile(np.append(x, np.nan), y.shape[1])
@@ -120,13 +120,14 @@ def curves(axis, rows: pd.DataFrame, title: str, seeds: bool = False) -> None:
     if unit == "score":
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))  # so that small gains look small
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    legend(axis, len(parts))
+    legend(axis, lines)
 
 
-def legend(axis, count: int) -> None:
+def legend(axis, lines: list) -> None:
     """Below the axis, in columns that a phone still shows."""
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": min(3, max(1, count))}
-    axis.legend(handlelength=1.5, columnspacing=1, **below)
+    columns, names = min(3, max(1, len(lines))), [line.get_label() for line in lines]
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": columns}
+    axis.legend(lines, names, handlelength=1.5, columnspacing=1, **below)
     for ticks in (axis.xaxis, axis.yaxis):
         if ticks.get_scale() == "linear":
             ticks.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
@@ -136,26 +137,27 @@ def profiles(axis, labels: dict, title: str) -> None:
     """Share of seeds above a score, of algorithms that have the same tasks."""
     values = np.concatenate([task for tasks in labels.values() for task in tasks.values()])
     thresholds = np.linspace(min(0, values.min()) - 1, values.max() + 1, 201)
+    lines = []
     for label, tasks in labels.items():
-        style = look(label) | {"marker": ""}
-        axis.plot(thresholds, numbers.profile([*tasks.values()], thresholds), label=label, **style)
+        style, shares = look(label) | {"marker": ""}, numbers.profile([*tasks.values()], thresholds)
+        lines += axis.plot(thresholds, shares, label=label, **style)
     axis.set(title=title, xlabel="score", ylabel="share of seeds above it", ylim=(-0.02, 1.02))
-    legend(axis, len(labels))
+    legend(axis, lines)
 
 
 def choices(axis, policies: dict, title: str, unit: str) -> None:
     """Expected score of the chosen seed, by the evaluation episodes spent on the choice."""
-    lines = {}
+    found, lines = {}, []
     for name, own in policies.items():
         points = np.unique(np.geomspace(1, sum(map(len, own)), 12).round().astype(int))
-        lines[name] = points, numbers.chosen(own, points)
-    for name, line in sorted(lines.items(), key=lambda item: -item[1][1][-1]):
-        axis.plot(*line, label=name, **look(re.sub(r" \(\d+\)$", "", name)))
+        found[name] = points, numbers.chosen(own, points)
+    for name, line in sorted(found.items(), key=lambda item: -item[1][1][-1]):
+        lines += axis.plot(*line, label=name, **look(re.sub(r" \(\d+\)$", "", name)))
     axis.set(title=title, xlabel="evaluation episodes", ylabel=unit, xscale="log")
     axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.xaxis.set_minor_formatter(NullFormatter())
-    legend(axis, len(policies))
+    legend(axis, lines)
 
 
 def svg(draw, lines: int, *arguments, **options) -> str:
@@ -186,5 +188,5 @@ def overview(evaluations: pd.DataFrame, path) -> None:
             axis.remove()
         for axis, (key, part) in zip(axes.flat, panels.items(), strict=False):
             curves(axis, part, f"{key[0]}\n{numbers.length(*key[1:3])} updates")
-        figure.savefig(path, dpi=110)
+        figure.savefig(path, format="png", dpi=110)
         plt.close(figure)

@@ -17,6 +17,8 @@ published figure stands beside a run on D4RL's own data in its environment and o
 """
 
 import argparse
+import contextlib
+import shutil
 import sys
 from pathlib import Path
 
@@ -44,6 +46,13 @@ def short(commit) -> str:
 def named(label: str, number: int, unit: str = "score") -> str:
     """Of settings after the first, and of returns, the name says so."""
     return label + (f" ({number + 1})" if number else "") + (" (return)" if unit != "score" else "")
+
+
+def differs(scores, seeds: pd.DataFrame) -> str:
+    """The mark of scores from an environment that is not D4RL's own in substance."""
+    own = scores.runs["run"].isin(seeds["run"])
+    found = scores.runs.loc[own, "environment_differs"].notna().any()
+    return " (environment differs)" if found else ""
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -74,7 +83,7 @@ def results_table(scores) -> pd.DataFrame:
             "algorithm": named(label, number, run["unit"]),
             "updates": length(*size),
             "seeds": str(len(seeds)),
-            "last": last + (" (environment differs)" if own["environment_differs"].any() else ""),
+            "last": last + differs(scores, seeds),
             "best (oracle)": spread(seeds["best"]),
             "published": f"{known[0]:.1f} ({known[1]})" if known else "",
             "difference": f"{seeds['last'].mean() - known[0]:+.1f}" if known else "",
@@ -91,11 +100,12 @@ def overview_table(scores) -> pd.DataFrame:
     """A row for each algorithm and budget, a column for each dataset: the last policies."""
     cells, order, names = {}, {}, short_names(scores.seeds["data"].unique())
     for (data, label, *size, number), seeds in scores.groups():
-        name = named(label, number, seeds["unit"].iloc[0])
-        row = cells.setdefault((*size, name), {"updates": length(*size), "algorithm": name})
+        unit = seeds["unit"].iloc[0]
+        key, name = (*size, label, number, unit), named(label, number, unit)
+        row = cells.setdefault(key, {"updates": length(*size), "algorithm": name})
         few = f" ({len(seeds)} seeds)" if len(seeds) != 4 else ""
-        row[names[data]] = spread(seeds["last"]) + few
-        order.setdefault((*size, name), []).append(seeds["last"].mean())
+        row[names[data]] = spread(seeds["last"]) + few + differs(scores, seeds)
+        order.setdefault(key, []).append(seeds["last"].mean())
     keys = sorted(cells, key=lambda k: (k[1] > 0, -k[0] - k[1], -len(order[k]), np.mean(order[k])))
     if not keys:
         return pd.DataFrame()
@@ -121,7 +131,7 @@ def online_table(scores) -> pd.DataFrame:
                 "updates": length(updates, steps),
                 "at the switch": spread(whole["switch"]) if whole["switch"] else "",
                 "drop": spread(whole["drop"]) if whole["drop"] else "",
-                "last": spread(seeds["last"]),
+                "last": spread(seeds["last"]) + differs(scores, seeds),
                 "regret": f"{np.mean(whole['regret']):.2f}" if whole["regret"] else "",
             }
         )
@@ -134,7 +144,8 @@ def suite_tables(scores) -> dict:
     Interquartile mean with its interval, then the probability of improvement over each other
     algorithm in percent, over the tasks that both have.
     """
-    tables = {}
+    tables, by = {}, ["suite", "label", *numbers.BUDGET]
+    known = dict(list(scores.seeds[scores.seeds["number"] == 0].groupby(by)))
     for (suite, *size), labels in numbers.compared(scores).items():
         if len(labels) < 2:
             continue
@@ -143,7 +154,8 @@ def suite_tables(scores) -> dict:
         for label, tasks in labels.items():
             ends = numbers.interval([*tasks.values()])
             mean = f"{numbers.iqm(*tasks.values()):.1f}"
-            row = {"algorithm": label, "tasks": f"{len(tasks)} of {wanted}"}
+            mark = differs(scores, known[(suite, label, *size)])
+            row = {"algorithm": label + mark, "tasks": f"{len(tasks)} of {wanted}"}
             row["IQM"] = mean + (f" [{ends[0]:.1f}, {ends[1]:.1f}]" if ends else "")
             for other, theirs in labels.items():
                 ours, against = numbers.shared(tasks, theirs)
@@ -207,6 +219,22 @@ def filled(readme: Path, text: str) -> bytes:
     return head + f"{BEGIN}\n{text}{END}".encode().replace(b"\n", line) + tail
 
 
+@contextlib.contextmanager
+def replaced(path: Path):
+    """A file to write that takes the place of `path` once it is whole."""
+    path = path.resolve()  # a link stays one
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        yield partial
+        if path.exists():
+            shutil.copymode(path, partial)
+        partial.replace(path)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written, it is as it was ({error})") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def main(argv=None) -> int:
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = Parser(description=__doc__, **style)
@@ -222,11 +250,14 @@ def main(argv=None) -> int:
         readme = filled(args.readme, readme_text(scores)) if args.readme else b""
         out.mkdir(parents=True, exist_ok=True)
         tables = all_tables(scores)
-        (out / "report.md").write_text(report_text(tables), encoding="utf-8")
-        pictures.overview(scores.evaluations, out / "report.png")
-        (out / "report.html").write_text(page.build(scores, tables), encoding="utf-8")
-        if args.readme:
-            args.readme.write_bytes(readme)
+        files = {out / "report.md": report_text(tables).encode()}
+        files |= {out / "report.html": page.build(scores, tables).encode()}
+        files |= {args.readme: readme} if args.readme else {}
+        for path, content in files.items():
+            with replaced(path) as partial:
+                partial.write_bytes(content)
+        with replaced(out / "report.png") as partial:
+            pictures.overview(scores.evaluations, partial)
     except (StoreError, OSError, KeyboardInterrupt) as error:
         print(f"error: {str(error) or 'stopped'}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 2

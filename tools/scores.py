@@ -18,8 +18,6 @@ import pandas as pd
 import store
 from scipy import stats
 
-NAMES = {"TD3BC": "TD3+BC", "CalQL": "Cal-QL", "XQL": "X-QL", "SACN": "SAC-N"}  # as in their papers
-NAMES |= {f"Discrete{name}": f"Discrete {name}" for name in ("CQL", "BCQ", "DT")}
 GROUP = ["data", "label", "updates", "steps", "number"]
 BUDGET = ["updates", "steps"]
 
@@ -56,7 +54,7 @@ class Scores:
 def read(root: Path) -> Scores:
     """Of a store, or of the run folders below `root`. Raises store.StoreError."""
     results = store.read(root)
-    runs = results.runs.assign(label=results.runs["label"].replace(NAMES))
+    runs = results.runs.assign(label=results.runs["label"].replace(store.NAMES))
     runs = runs.rename(columns={"dataset_id": "data", "num_updates": "updates"})
     runs = runs.rename(columns={"online_steps": "steps"})
     runs["unit"] = runs["run"].map(results.episodes.groupby("run")["score"].count() > 0)

@@ -15,6 +15,7 @@ same settings holds the same seed, and no path of a machine stands in it.
 """
 
 import argparse
+import glob
 import hashlib
 import json
 import re
@@ -36,6 +37,8 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 SEEDS_AND_MACHINE = ("seed", "num_seeds", "fallback_dataset_id", "download", "log_every")
 SEEDS_AND_MACHINE += ("checkpoint_every", "device", "compile", "wandb", "wandb_project", "label")
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "minari")
+NAMES = {"TD3BC": "TD3+BC", "CalQL": "Cal-QL", "XQL": "X-QL", "SACN": "SAC-N"}  # as in their papers
+NAMES |= {f"Discrete{name}": f"Discrete {name}" for name in ("CQL", "BCQ", "DT")}
 TEXT, WHOLE, NUMBER, YES = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 SEED = {"run": TEXT, "seed": WHOLE, "update": WHOLE, "environment_step": WHOLE}
 SCHEMAS = {
@@ -64,6 +67,8 @@ SCHEMAS = {
         "threads": WHOLE,
         "packages": TEXT,  # JSON: versions
         "config": TEXT,  # JSON: every setting
+        "env_spec": TEXT,  # JSON: the data's environment; null in older rows, and so below
+        "began": WHOLE,  # ns since 1970
     },
     "episodes": {
         **SEED,
@@ -143,6 +148,8 @@ def read_folder(folder: Path) -> Optional[Results]:
         rows = {name: read_rows(folder / f"{name}.jsonl") for name in names}
         run = describe({**config, **about, **result}, config, rows["episodes"])
         run["checkpoint"] = bool(about.get("checkpoint"))
+        run["env_spec"] = about.get("eval_env_spec") or about.get("env_spec")
+        run["began"] = began(folder) or None
         episodes = [{"environment_step": 0, **row, "run": run["run"]} for row in rows["episodes"]]
         tables = {"runs": [run], "episodes": episodes, "metrics": values(run["run"], rows)}
         results = Results(**{name: frame(name, content) for name, content in tables.items()})
@@ -178,7 +185,8 @@ def describe(facts: dict, config: dict, episodes: list) -> dict:
     """The row of a run, without paths of the machine it ran on."""
     packages = facts.get("packages") or {n: facts[n] for n in PACKAGES if n in facts}
     words = [str(word) for word in facts["command"]]
-    row = {name: facts.get(name) for name in SCHEMAS["runs"].names}
+    names = [name for name in SCHEMAS["runs"].names if name not in ("env_spec", "began")]
+    row = {name: facts.get(name) for name in names}
     row |= {"script": facts.get("script") or Path(words[0]).stem, "command": command(words)}
     row |= {"online_steps": facts.get("online_steps") or 0, "machine": machine(facts["machine"])}
     row |= {"packages": json.dumps(packages), "config": json.dumps(config, sort_keys=True)}
@@ -197,8 +205,8 @@ def command(words: list) -> str:
         if word in ("--run_dir", "--resume"):
             next(words, None)
         else:
-            inside = re.search(r"(?<=/)(algorithms|configs|datasets)/.*", word)
-            kept.append(inside[0] if inside else Path(word).name if word[:1] == "/" else word)
+            inside = re.search(r".*/((?:algorithms|configs|datasets)/.*)", word)
+            kept.append(inside[1] if inside else Path(word).name if word[:1] == "/" else word)
     return shlex.join(["python", *kept])
 
 
@@ -259,7 +267,7 @@ def check_run(run: dict, episodes: pd.DataFrame, metrics: pd.DataFrame) -> None:
 def check_paths(run: dict) -> None:
     """Nothing names a place of one machine."""
     for name, value in run.items():
-        path = isinstance(value, str) and re.search(r"(?:^|[\s\"'=])(/[\w.-]+/[^\s\"']*)", value)
+        path = isinstance(value, str) and re.search(r"(?:^|[\s\"'=])(/[\w.-][^\s\"']*)", value)
         told = f"{name} holds {path and path[1]}, a path of one machine: train from a relative one"
         require(not path, f"run {run['run']}: {told}")
 
@@ -284,7 +292,10 @@ def settings(run: dict) -> dict:
     """What runs have to share to be joined: settings, data, environment, whence they began."""
     config = {k: v for k, v in json.loads(run["config"]).items() if k not in SEEDS_AND_MACHINE}
     names = ("algorithm", "fingerprint", "env_id", "environment_differs", "checkpoint")
-    return {**config, **{name: run[name] for name in names}}
+    more = {"env_spec": run["env_spec"], "return of score 0": run["ref_min_score"]}
+    more |= {"return of score 100": run["ref_max_score"]}
+    known = {name: value for name, value in more.items() if value is not None}
+    return {**config, **{name: run[name] for name in names}, **known}
 
 
 def differences(one: dict, other: dict) -> list[str]:
@@ -294,7 +305,9 @@ def differences(one: dict, other: dict) -> list[str]:
 
 def check_apart(run: dict, other: dict) -> None:
     """No seed stands twice under the same settings."""
-    if any(run[n] != other[n] for n in ("label", "dataset_id", "num_updates", "online_steps")):
+    if NAMES.get(run["label"], run["label"]) != NAMES.get(other["label"], other["label"]):
+        return
+    if any(run[n] != other[n] for n in ("dataset_id", "num_updates", "online_steps")):
         return
     seeds = [set(range(r["seed"], r["seed"] + r["num_seeds"])) for r in (run, other)]
     both = sorted(seeds[0] & seeds[1])
@@ -318,15 +331,23 @@ def is_store(root: Path) -> bool:
 def read(root: Path) -> Results:
     """The store at `root`, or the finished runs below it. Raises StoreError."""
     if not is_store(root):
-        return collect(sorted(path.parent for path in root.rglob("result.json")))
+        return collect(finished(root))
     there = files(root)
     for table, names in there.items():
         for name in sorted(set().union(*there.values()) - names):
             lost = f"run {name} has no file in {table}"
             raise StoreError(f"{lost}: add it again, or delete its other files")
     results = Results(**{table: read_table(root, table) for table in SCHEMAS})
+    order = {"key": lambda times: times.fillna(0), "kind": "stable", "ignore_index": True}
+    results.runs = results.runs.sort_values("began", **order)  # the oldest first, as `collect`
     results.check_joined()
     return results
+
+
+def finished(root: Path) -> list[Path]:
+    """The folders of finished runs there and below, also behind links."""
+    found = glob.iglob("**/result.json", root_dir=root, recursive=True, include_hidden=True)
+    return sorted((root / path).parent for path in found)
 
 
 def read_table(root: Path, table: str) -> pd.DataFrame:
@@ -377,7 +398,7 @@ def add(places: list, root: Path) -> list[str]:
     """
     new = {}
     for place in places:
-        folders = sorted(path.parent for path in place.rglob("result.json"))
+        folders = finished(place)
         require(folders, f"{place} holds no finished run: train it")
         for folder in folders:
             results = read_folder(folder)

@@ -113,6 +113,12 @@ def plan(args) -> list[Job]:
             mend = f"name all once, and first seeds at least {count} apart (num_seeds)"
             raise SweepError(f"two runs train seed {seed} in {folder}: {mend}")
         trained |= own
+    same = {}
+    for job in jobs:
+        settings = json.dumps({**job.config, "run_dir": ""}, sort_keys=True)
+        other = same.setdefault((job.algorithm, settings), job.folder)
+        if other != job.folder:
+            raise SweepError(f"{job.folder} and {other} are the same settings: name each once")
     return jobs
 
 
@@ -122,7 +128,7 @@ def make_job(out: str, shown: list, algorithm: str, task: str, case: dict, seed:
     config = REPOSITORY / "configs" / algorithm / f"{task}.yaml"
     if not config.is_file():
         raise SweepError(f"tasks: there is no {config}")
-    tried = ",".join(f"{name}={case[name]}" for name in shown)
+    tried = ",".join(f"{name}={case[name]}" for name in shown).replace("/", "%2F")  # one folder
     folder = Path(out, algorithm, task, tried, f"s{seed}").resolve()
     try:
         for spec in (x for x in dataclasses.fields(script.TrainConfig) if x.name in case):
@@ -224,27 +230,35 @@ def local(args, jobs: list) -> list:
 
 
 def on_ray(args, jobs: list) -> list:
-    with asked_for("ray"):
+    with asked_for("ray", f"--address {args.address}"):
         import ray
-    ray.init(address=args.address, log_to_driver=False, logging_level="ERROR")
+
+        ray.init(address=args.address, log_to_driver=False, logging_level="ERROR")
     remote = ray.remote(num_cpus=1, num_gpus=args.gpus)(run)
     return [remote.remote(job).future() for job in jobs]
 
 
 def on_slurm(args, jobs: list) -> list:
-    with asked_for("submitit"):
+    with asked_for("submitit", f"--slurm {args.slurm} (slurm: {args.parameters})"):
         import submitit
-    executor = submitit.AutoExecutor(folder=Path(args.out, "slurm"), cluster=args.slurm)
-    executor.update_parameters(**args.parameters)
-    return executor.map_array(run, jobs)
+
+        executor = submitit.AutoExecutor(folder=Path(args.out, "slurm"), cluster=args.slurm)
+        executor.update_parameters(**args.parameters)
+        return executor.map_array(run, jobs)
 
 
 @contextlib.contextmanager
-def asked_for(package: str):
+def asked_for(package: str, words: str):
     try:
         yield
     except ImportError:
         raise SweepError(f"this asks for: pip install {package}") from None
+    except Exception as error:  # Ray and submitit have errors of all kinds
+        raise SweepError(f"{words} does not start: {in_one_line(error)}") from None
+
+
+def in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
 
 
 # ---- watching
@@ -298,7 +312,15 @@ class Watch:
         text = f"{done} of {self.skipped + len(self.pairs)} done, {running} running, "
         text += f"{len(self.errors)} failed"
         text += "" if over or left is None else f", {timedelta(seconds=round(left))} left"
-        print(text.ljust(79), end="\r" if live and not over else "\n", flush=True)
+        say(text.ljust(79), "\r" if live and not over else "\n")
+
+
+def say(text: str, end: str = "\n") -> None:
+    """On standard output; where that is closed by now, the runs go on without a word."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def outcome(future) -> str:
@@ -306,7 +328,7 @@ def outcome(future) -> str:
     try:
         return future.result()
     except Exception as error:  # Ray and submitit have errors of their own
-        return f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
+        return in_one_line(error)
 
 
 def sweep(args) -> int:
@@ -314,7 +336,7 @@ def sweep(args) -> int:
     jobs = plan(args)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     rest = [job for job in jobs if not job.finished]
-    print(f"{len(jobs)} runs in {args.out}, {len(jobs) - len(rest)} of them finished", flush=True)
+    say(f"{len(jobs)} runs in {args.out}, {len(jobs) - len(rest)} of them finished")
     where = on_ray if args.address else on_slurm if args.slurm else local
     futures = []
     STOPPED.clear()
@@ -324,8 +346,8 @@ def sweep(args) -> int:
         while not watch.look():
             watch.tell()
             time.sleep(PAUSE)
-    except KeyboardInterrupt:
-        STOPPED.add("by a signal")
+    except BaseException:
+        STOPPED.add("by a signal or an error")
         for future in futures:
             future.cancel()
         for child in list(CHILDREN):
@@ -336,7 +358,7 @@ def sweep(args) -> int:
     for (data, asked), count in Counter(ended).items():
         if data:
             mend = "once that is here, move them away to train anew"
-            print(f"other data: {count} runs are of {data}, not of {asked}; {mend}")
+            say(f"other data: {count} runs are of {data}, not of {asked}; {mend}")
     for i, error in watch.errors.items():
         print(f"failed: {rest[i].folder}: {error} (see {rest[i].log})", file=sys.stderr)
     return 1 if watch.errors else 0
@@ -366,23 +388,24 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--gpus", type=float, default=0, help="of a run on Ray, such as 0.25")
     parser.add_argument("--slurm", nargs="?", const="slurm", help="submit to Slurm")
     args = parser.parse_args(argv)
+    if args.slurm and Path(args.slurm).suffix in (".yaml", ".yml"):
+        raise SweepError(f"--slurm {args.slurm}: the file goes before --slurm")
     values = read_sweep(args.file) if args.file else {}
     if args.workers is not None and args.workers < 1:
         raise SweepError(f"--workers {args.workers}: at least 1 run goes at a time")
-    unknown = values.keys() - {"algorithms", "tasks", "seeds", "settings", "out", "slurm"}
-    if unknown:
-        raise SweepError(f"{args.file}: there is no {min(unknown)}; --help says what there is")
     pairs = [word.partition("=") for word in args.set or ()]
     for word, equals, _ in pairs:
         if not equals:
             raise SweepError(f"--set {word}: write it as FIELD=VALUE or FIELD=VALUE,VALUE")
-    named = {name: text.split(",") if "," in text else text for name, _, text in pairs}
+    lists = {name: "," in text and text[0] != "{" for name, _, text in pairs}
+    named = {name: text.split(",") if lists[name] else text for name, _, text in pairs}
     if len(named) < len(pairs):
         raise SweepError(f"--set: a field is named twice in {args.set}: write FIELD=VALUE,VALUE")
     args.settings = {**(values.get("settings") or {}), **named}
     args.parameters = values.get("slurm") or {}
     for name, usual in (("algorithms", []), ("tasks", []), ("seeds", [0]), ("out", "")):
-        setattr(args, name, getattr(args, name) or values.get(name) or usual)
+        words = getattr(args, name)
+        setattr(args, name, values.get(name, usual) if words is None else words)
         if not getattr(args, name):
             raise SweepError(f"{name}: nothing is named; --{name} or a line of the file does it")
     check_entries(args)
@@ -396,6 +419,8 @@ def check_entries(args) -> None:
             if type(entry) is not kind:
                 wanted = "a whole number" if kind is int else "text"
                 raise SweepError(f"{name}: {entry!r} is not {wanted}")
+            if "/" in str(entry):
+                raise SweepError(f"{name}: {entry} is a path, not a name of configs/")
     for name, value in args.settings.items():
         if name in OWN or name == "resume":
             raise SweepError(f"settings: {name} comes of {OWN.get(name, 'this tool')}")
@@ -406,8 +431,9 @@ def check_entries(args) -> None:
 def read(path: Path, loader=yaml.SafeLoader) -> dict:
     """A YAML file of names and values."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), loader)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.load(text, loader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise SweepError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise SweepError(f"{path} holds no names and values, such as 'algorithms: [bc, iql]'")
@@ -417,10 +443,13 @@ def read(path: Path, loader=yaml.SafeLoader) -> dict:
 def read_sweep(path: Path) -> dict:
     """A sweep's file."""
     values = read(path, load_script("iql").UniqueKeys)
-    kinds = {"settings": dict, "slurm": dict, "out": str}
+    kinds = dict.fromkeys(("algorithms", "tasks", "seeds"), list)
+    kinds |= {"settings": dict, "slurm": dict, "out": str}
     for name, value in values.items():
-        if not isinstance(value, kinds.get(name, list)):
-            kind = {dict: "a mapping", str: "text", list: "a list"}[kinds.get(name, list)]
+        if name not in kinds:
+            raise SweepError(f"{path}: there is no {name}; --help says what there is")
+        if not isinstance(value, kinds[name]):
+            kind = {dict: "a mapping", str: "text", list: "a list"}[kinds[name]]
             raise SweepError(f"{path}: {name} is not {kind}")
     return values
 
