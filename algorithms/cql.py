@@ -586,7 +586,7 @@ def as_box(space: gym.Space) -> gym.Space:
 def find_dataset(cfg) -> Path:
     """The folder of `dataset_id`, or of the fallback, which `cfg` names from then on."""
     name, stored = cfg.dataset_id, minari.storage.get_dataset_path(cfg.dataset_id)
-    bases = (Path(name), SCRIPT.parents[1] / name, stored) if name else ()
+    bases = (Path(name), SCRIPT.parent.parent / name, stored) if name else ()
     files = [base / inner / "metadata.json" for base in bases for inner in (".", "data")]
     absent = cfg.download and not stored.exists() and not any(file.is_file() for file in files)
     if absent and re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", name):
@@ -667,9 +667,9 @@ def read_episode(stored: dict, storage, where: str) -> dict:
             values = episode[name] = values.reshape(shape).astype(native, copy=False)
             unknown = name == "obs" and np.isnan(values[-1]).all() and not raw["terminated"].any()
             known, small = values[:-1] if unknown else values, values.dtype.itemsize == 1
-            right = small or (np.abs(known) < 3e38).all()  # float32's range
+            right = small or (np.abs(known) < np.float64(3e38)).all()  # float32's range
         if right and name == "action":
-            slack = 1e-5 * np.maximum(1, np.abs(values))  # rounding
+            slack = 1e-5 * np.maximum(np.minimum(1, high - low), np.abs(values))  # rounding
             right = ((values >= low - slack) & (values <= high + slack)).all()
             episode[name] = values.clip(low, high)
         if right and name in ("terminated", "truncated"):
@@ -691,7 +691,7 @@ def measure(episodes: list, space: gym.spaces.Box, cfg) -> dict:
     print(f"{steps:,} transitions, {len(returns):,} episodes, return {worst:.1f} to {best:.1f}")
     equal = worst == best and cfg.reward_by_return_range
     check(not equal, "reward_by_return_range: all returns are equal: set it to false")
-    least, most = (f([f(e["reward"]) for e in episodes]) for f in (min, max))
+    least, most = (float(f([f(e["reward"]) for e in episodes])) for f in (min, max))
     small = cfg.reward_by_return_range or abs(cfg.reward_scale) * max(-least, most) < 1e9
     check(small, f"rewards from {least:g} to {most:g} are too large: set reward_scale")
     low, high = space.low.reshape(-1).astype(float), space.high.reshape(-1).astype(float)
@@ -891,9 +891,6 @@ class Run:
         for name, file in self.logs.items():
             file.truncate(sizes[name])
             file.seek(0, os.SEEK_END)  # so that tell() says where it writes
-        if not self.saved:
-            self.write("config.yaml", yaml.safe_dump(self.config, sort_keys=False).encode())
-            self.write("environment.json", json.dumps(self.about, indent=1).encode())
         if self.cfg.wandb != "disabled":
             with explained("wandb does not start, use offline or disabled"):
                 import wandb
@@ -901,6 +898,9 @@ class Run:
                 known = {"id": self.about["id"], "resume": "allow", "dir": self.folder}
                 known |= {"project": self.cfg.wandb_project, "mode": self.cfg.wandb}
                 self.wandb = wandb.init(name=self.about["label"], config=self.config, **known)
+        if not self.saved:  # last: a folder with these goes on without its --checkpoint
+            self.write("config.yaml", yaml.safe_dump(self.config, sort_keys=False).encode())
+            self.write("environment.json", json.dumps(self.about, indent=1).encode())
         print(f"run folder: {self.folder}")
 
     def write(self, name: str, content: bytes) -> None:
@@ -991,7 +991,7 @@ class Run:
         """What a signal asks for: to end, between two updates or amid an evaluation."""
         self.stopped = True
         if now:
-            mend = f"python {sys.argv[0]} --run_dir {self.folder} --resume true"
+            mend = f"python {sys.argv[0]} --run_dir {str(self.folder)!r} --resume true"
             raise KeyboardInterrupt(f"stopped at update {self.step}; to go on: {mend}")
 
     def loop(self) -> None:
@@ -1226,7 +1226,7 @@ def command_line(agent_class, config_class, argv=None, online=None) -> int:
         train(agent_class, parse(config_class, argv), online)
         return 0
     except (RunError, OSError, KeyboardInterrupt) as error:
-        print("error:", *str(error).split(), file=sys.stderr)
+        print("error:", re.sub(r"\s*\n\s*", " ", str(error) or "stopped"), file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 2
 
 

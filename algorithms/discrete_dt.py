@@ -537,12 +537,10 @@ class DiscreteAgent(Agent):
         if cfg.encoder == "nature":
             self.obs_std.fill_(255)
         torch.backends.cudnn.allow_tf32 = False  # convolutions as exact as all else
-        stack = {"stack_size": cfg.frame_stack, "padding_type": "zero"}
-        wrappers = {"gymnasium.wrappers:FlattenObservation": {}}
-        wrappers["gymnasium.wrappers:FrameStackObservation"] = stack
-        wrappers[f"{__name__}:{EpsilonGreedy.__name__}"] = {"epsilon": cfg.eval_epsilon}
+        names = f"{__name__}:{DiscreteSteps.__name__}", "gymnasium.wrappers:FrameStackObservation"
+        how = {"epsilon": cfg.eval_epsilon}, {"stack_size": cfg.frame_stack, "padding_type": "zero"}
         spec = gym.envs.registration.WrapperSpec
-        self.wrappers = tuple(spec(place, place, options) for place, options in wrappers.items())
+        self.wrappers = tuple(map(spec, names, names, how))
 
     def normalize(self, obs: Tensor) -> Tensor:
         frames = obs.unflatten(-1, (-1, len(self.obs_mean)))
@@ -572,8 +570,7 @@ class DiscreteAgent(Agent):
 
     def table(self, episodes: list) -> dict:
         """Frames of all episodes, and of each step the places of its own and of the first one."""
-        rows, starts, frames, total = [], [], None, sum(len(each["obs"]) for each in episodes)
-        at = 0
+        rows, starts, frames, at, total = [], [], None, 0, sum(len(e["obs"]) for e in episodes)
         for episode in episodes:
             rows.append(self.rows(episode))
             own = rows[-1].pop("frames")
@@ -591,8 +588,7 @@ class DiscreteAgent(Agent):
 
     def gather(self, table: dict, rows: Tensor, ahead: int = 1) -> dict:
         """The batch at `rows` [S, B]: stacks of frames here and, unless `ahead` is 0, a step on."""
-        steps = {name: values for name, values in table.items() if name != "frames"}
-        steps = super().gather(steps, rows)
+        steps = super().gather({k: v for k, v in table.items() if k != "frames"}, rows)
         at, start = steps.pop("obs").unsqueeze(-1), steps.pop("start").unsqueeze(-1)
         at = at + torch.arange(1 - self.cfg.frame_stack, 1 + ahead, device=at.device)
         frames = table["frames"].index_select(0, at.clamp(min=start).flatten())
@@ -602,12 +598,16 @@ class DiscreteAgent(Agent):
         return steps | ({"next_obs": frames[..., 1:, :].flatten(-2)} if ahead else {})
 
 
-class EpsilonGreedy(gym.ActionWrapper):
-    """A uniformly random action with probability `epsilon`, drawn by the episode's seed."""
+class DiscreteSteps(gym.ActionWrapper):
+    """Vectors as the data's; a random action with probability `epsilon`, by the episode's seed."""
 
     def __init__(self, env: gym.Env, epsilon: float):
-        super().__init__(env)
-        self.epsilon = epsilon
+        space, self.epsilon = env.observation_space, epsilon
+        flat = gym.spaces.flatten_space(space)
+        vectors = gym.wrappers.TransformObservation(
+            env, lambda obs: flatten_obs(space, obs).astype(flat.dtype), flat
+        )
+        super().__init__(vectors)
 
     def reset(self, *, seed=None, options=None):
         self.draws = np.random.default_rng(None if seed is None else [seed, 1])  # not the env's
@@ -828,7 +828,7 @@ def as_box(space: gym.Space) -> gym.Space:
 def find_dataset(cfg) -> Path:
     """The folder of `dataset_id`, or of the fallback, which `cfg` names from then on."""
     name, stored = cfg.dataset_id, minari.storage.get_dataset_path(cfg.dataset_id)
-    bases = (Path(name), SCRIPT.parents[1] / name, stored) if name else ()
+    bases = (Path(name), SCRIPT.parent.parent / name, stored) if name else ()
     files = [base / inner / "metadata.json" for base in bases for inner in (".", "data")]
     absent = cfg.download and not stored.exists() and not any(file.is_file() for file in files)
     if absent and re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", name):
@@ -909,9 +909,9 @@ def read_episode(stored: dict, storage, where: str) -> dict:
             values = episode[name] = values.reshape(shape).astype(native, copy=False)
             unknown = name == "obs" and np.isnan(values[-1]).all() and not raw["terminated"].any()
             known, small = values[:-1] if unknown else values, values.dtype.itemsize == 1
-            right = small or (np.abs(known) < 3e38).all()  # float32's range
+            right = small or (np.abs(known) < np.float64(3e38)).all()  # float32's range
         if right and name == "action":
-            slack = 1e-5 * np.maximum(1, np.abs(values))  # rounding
+            slack = 1e-5 * np.maximum(np.minimum(1, high - low), np.abs(values))  # rounding
             right = ((values >= low - slack) & (values <= high + slack)).all()
             episode[name] = values.clip(low, high)
         if right and name in ("terminated", "truncated"):
@@ -933,7 +933,7 @@ def measure(episodes: list, space: gym.spaces.Box, cfg) -> dict:
     print(f"{steps:,} transitions, {len(returns):,} episodes, return {worst:.1f} to {best:.1f}")
     equal = worst == best and cfg.reward_by_return_range
     check(not equal, "reward_by_return_range: all returns are equal: set it to false")
-    least, most = (f([f(e["reward"]) for e in episodes]) for f in (min, max))
+    least, most = (float(f([f(e["reward"]) for e in episodes])) for f in (min, max))
     small = cfg.reward_by_return_range or abs(cfg.reward_scale) * max(-least, most) < 1e9
     check(small, f"rewards from {least:g} to {most:g} are too large: set reward_scale")
     low, high = space.low.reshape(-1).astype(float), space.high.reshape(-1).astype(float)
@@ -1037,7 +1037,7 @@ def evaluate(agent: nn.Module, spec, references: tuple, episodes: int) -> list:
     seed, target, episode, return (undiscounted), length, score: by the reference returns; without
     them 100 or 0 where the last info of any episode says whether it was a success, else None.
     """
-    cfg, rows, targets = agent.cfg, [], [float(target) for target in agent.targets()]
+    cfg, rows, targets = agent.cfg, [], list(dict.fromkeys(map(float, agent.targets())))
     tasks = list(itertools.product(targets, range(episodes), range(cfg.num_seeds)))
     (low, high), device, success = references, agent.obs_mean.device, {}
     for first in range(0, len(tasks), cfg.max_envs):
@@ -1143,9 +1143,6 @@ class Run:
         for name, file in self.logs.items():
             file.truncate(sizes[name])
             file.seek(0, os.SEEK_END)  # so that tell() says where it writes
-        if not self.saved:
-            self.write("config.yaml", yaml.safe_dump(self.config, sort_keys=False).encode())
-            self.write("environment.json", json.dumps(self.about, indent=1).encode())
         if self.cfg.wandb != "disabled":
             with explained("wandb does not start, use offline or disabled"):
                 import wandb
@@ -1153,6 +1150,9 @@ class Run:
                 known = {"id": self.about["id"], "resume": "allow", "dir": self.folder}
                 known |= {"project": self.cfg.wandb_project, "mode": self.cfg.wandb}
                 self.wandb = wandb.init(name=self.about["label"], config=self.config, **known)
+        if not self.saved:  # last: a folder with these goes on without its --checkpoint
+            self.write("config.yaml", yaml.safe_dump(self.config, sort_keys=False).encode())
+            self.write("environment.json", json.dumps(self.about, indent=1).encode())
         print(f"run folder: {self.folder}")
 
     def write(self, name: str, content: bytes) -> None:
@@ -1243,7 +1243,7 @@ class Run:
         """What a signal asks for: to end, between two updates or amid an evaluation."""
         self.stopped = True
         if now:
-            mend = f"python {sys.argv[0]} --run_dir {self.folder} --resume true"
+            mend = f"python {sys.argv[0]} --run_dir {str(self.folder)!r} --resume true"
             raise KeyboardInterrupt(f"stopped at update {self.step}; to go on: {mend}")
 
     def loop(self) -> None:
@@ -1478,7 +1478,7 @@ def command_line(agent_class, config_class, argv=None, online=None) -> int:
         train(agent_class, parse(config_class, argv), online)
         return 0
     except (RunError, OSError, KeyboardInterrupt) as error:
-        print("error:", *str(error).split(), file=sys.stderr)
+        print("error:", re.sub(r"\s*\n\s*", " ", str(error) or "stopped"), file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 2
 
 

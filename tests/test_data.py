@@ -178,6 +178,28 @@ def test_actions_beside_a_bound_by_rounding_are_clipped(iql):
     assert load(iql, "store/edge-v0")[0][0]["action"][:, 0].tolist() == [2, 2, 2, -2, -2]
 
 
+@pytest.mark.parametrize("bound", [1e-6, 1.0])
+def test_actions_far_beyond_a_bound_are_no_rounding(iql, refused, bound):
+    rng, box = np.random.default_rng(0), gym.spaces.Box(-bound, bound, (1,), np.float64)
+    spaces = {"env": None, "action_space": box}
+    spaces["observation_space"] = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+    for name, share in (("on-v0", 1 + 1e-6), ("off-v0", 1.01)):
+        episode = toy_episode(rng, 5, True, actions=np.full((5, 1), share * bound))
+        write_dataset(Path("store"), name, [episode], **spaces)
+    assert (load(iql, "store/on-v0")[0][0]["action"] == bound).all()
+    refused(iql, words(dataset_id="store/off-v0"), "action", "out of bounds")
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.uint32, np.float16, np.int64])
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_rewards_of_any_type(iql, dtype):
+    episode = toy_episode(np.random.default_rng(0), 5, True, rewards=np.ones(5, dtype))
+    write_dataset(Path("store"), "own-v0", [episode])
+    agent, table = made(iql, "store/own-v0", reward_scale=1e5)
+    assert table["reward"].tolist() == [1e5] * 5 and table["reward"].dtype == torch.float32
+    assert agent.return_range.tolist() == [5, 5]
+
+
 def test_action_spaces_that_are_not_symmetric(iql):
     low, high = np.array([-1.0, 2.0], np.float32), np.array([3.0, 4.0], np.float32)
     episodes, _, _ = load(iql)
@@ -523,11 +545,14 @@ def test_references_and_environment_of_a_config_hold_for_its_own_dataset_only(iq
     assert iql.main([*argv, "--config", "other.yaml", "--run_dir", "other"]) == 0  # finished
 
 
-def test_a_dataset_is_found_from_anywhere(iql):
+def test_a_dataset_is_found_from_anywhere(iql, monkeypatch):
     """Folders are also looked for beside the scripts; so is a set's inner folder."""
     data = write_dataset(Path("store"), "own-v0", toy_episodes())
     for name in ("store/own-v0", "store/own-v0/data", data, data.parent.resolve()):
         cfg = iql.TrainConfig(dataset_id=str(name), download=False)
+        assert iql.find_dataset(cfg).resolve() == data.resolve()
+    with monkeypatch.context() as patch:
+        patch.setattr(iql, "SCRIPT", Path("/iql.py"))  # in a container
         assert iql.find_dataset(cfg).resolve() == data.resolve()
     bundled = "datasets/hopper/medium-replay-v0"
     folder = iql.find_dataset(iql.TrainConfig(dataset_id=bundled))

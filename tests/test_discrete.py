@@ -92,12 +92,20 @@ def test_rewards_are_clipped_after_scale_and_shift(dqn):
 
 def test_a_share_of_the_evaluations_actions_is_random(dqn):
     """The same ones for the same seed, whoever plays."""
-    env = gym.make("CartPole-v1")
-    played, greedy = dqn.EpsilonGreedy(env, 0.3), dqn.EpsilonGreedy(env, 0.0)
-    drawn = []
+
+    class Taken(gym.Wrapper):
+        def step(self, action):
+            taken.append(int(action))
+            return self.observation_space.low, 0.0, False, False, {}
+
+    env, drawn, taken = Taken(gym.make("CartPole-v1")), [], []
+    played, greedy = dqn.DiscreteSteps(env, 0.3), dqn.DiscreteSteps(env, 0.0)
     for seed in (0, 0, 1):
+        taken.clear()
         played.reset(seed=seed)
-        drawn.append([int(played.action(7)) for _ in range(2000)])
+        for _ in range(2000):
+            played.step(7)
+        drawn.append(taken[:])
     assert drawn[0] == drawn[1] != drawn[2]
     share = np.mean(np.array(drawn[0]) != 7)
     assert 0.27 < share < 0.33 and {*drawn[0]} == {0, 1, 7}
@@ -106,7 +114,56 @@ def test_a_share_of_the_evaluations_actions_is_random(dqn):
     played.reset(seed=0)
     assert played.draws.random() != np.random.default_rng(0).random()
     greedy.reset(seed=0)
-    assert {greedy.action(7) for _ in range(100)} == {7}
+    taken.clear()
+    for _ in range(100):
+        greedy.step(7)
+    assert {*taken} == {7}
+
+
+class Ordered(gym.Env):
+    inner = gym.spaces.Dict([("y", gym.spaces.Discrete(2)), ("b", gym.spaces.Discrete(2))])
+    box = gym.spaces.Box(-9, 9, (2,), np.float32)
+    observation_space = gym.spaces.Dict([("z", box), ("m", inner), ("a", box)])
+    action_space = gym.spaces.Discrete(2)
+    at = 0
+
+    def seen(self):
+        self.at += 1
+        vector = np.full(2, self.at, np.float32)
+        return {"z": vector, "m": {"y": 0, "b": 1}, "a": -vector}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed, options=options)
+        self.at = 0
+        return self.seen(), {}
+
+    def step(self, action):  # noqa: ARG002
+        return self.seen(), 0.0, False, False, {}
+
+
+@pytest.mark.parametrize("stack", [1, 2])
+def test_dicts_are_played_in_the_order_of_the_data(dqn, monkeypatch, tmp_path, stack):
+    """Sorted by their keys, at every depth, though the space has them in another order."""
+    spec = gym.envs.registration.EnvSpec("Ordered-v0", f"{__name__}:Ordered", max_episode_steps=4)
+    monkeypatch.setitem(gym.registry, spec.id, spec)
+    at = np.arange(1, 6, dtype=np.float32)
+    vectors, ones = np.stack([at, at], 1), np.ones(5, int)
+    seen = {"z": vectors, "m": {"y": 0 * ones, "b": ones}, "a": -vectors}
+    changes = {"observations": seen, "actions": np.array([0, 1, 0, 1])}
+    episode = toy_episode(np.random.default_rng(0), 4, False, **changes)
+    spaces = {"observation_space": Ordered.observation_space, "action_space": Ordered.action_space}
+    write_dataset(tmp_path / "store", "own/ordered-v0", [episode], env=None, **spaces)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "store"))
+    cfg = dqn.TrainConfig(dataset_id="own/ordered-v0", env_id=spec.id, frame_stack=stack)
+    episodes, space, about = dqn.load_dataset(cfg, dqn.DQN)
+    units = {**dqn.measure(episodes, space, cfg), "frame_shape": about["frame_shape"]}
+    played = gym.make(dqn.find_environment(cfg, about, dqn.DQN(cfg, units))[0])
+    shown = dqn.env_step(played, seed=0)[0]
+    expected = np.pad(episodes[0]["obs"], ((stack - 1, 0), (0, 0)))
+    for i in range(4):
+        np.testing.assert_array_equal(shown, expected[i : i + stack].ravel())
+        shown = dqn.env_step(played, np.zeros(1))[0]
+    assert episodes[0]["obs"][1].tolist() == [-2, -2, 0, 1, 1, 0, 2, 2]
 
 
 def test_evaluation_plays_stacks_of_frames(dqn):

@@ -433,6 +433,18 @@ def test_evaluation_equals_a_plain_loop(env_id, seeds):
         assert np.abs(np.subtract(ours[:3], ours[3:])).min() > 0.01, "the target changes nothing"
 
 
+def test_equal_targets_are_played_once(monkeypatch):
+    """A share of the best return may be what another target asks for."""
+    dt = load_script("dt")
+    monkeypatch.setattr(dt.DT, "targets", lambda _: [7.0, 9.0, 7.0])
+    assert dt.main(words(final_eval_episodes=2, num_seeds=2)) == 0
+    lines = Path("run/episodes.jsonl").read_text().splitlines()
+    found = [row for row in map(json.loads, lines) if row["final"]]
+    assert [(row["seed"], row["target"], row["episode"]) for row in found] == [
+        (seed, target, i) for seed in (0, 1) for target in (7.0, 9.0) for i in (0, 1)
+    ]
+
+
 def test_the_agent_is_told_what_is_left(monkeypatch):
     """R_(t+1) = R_t - r_t for each target, absolute times, the actions taken, K steps at most."""
     dt, told = load_script("dt"), []

@@ -285,6 +285,14 @@ def test_a_promise_is_the_critics_and_what_is_earned_the_returns(name, capsys):
         assert apart == pytest.approx(promised - earned, abs=0.02)
 
 
+def test_what_is_earned_is_discounted_as_critics_are_by_then():
+    script = load_script("spot")
+    for online_gamma, last in ((0.0, 0.0), (0.995, 0.995), (None, 0.9)):
+        cfg = script.TrainConfig(gamma=0.9, online_gamma=online_gamma, num_updates=5)
+        assert [policy.discount(cfg, {"step": n}) for n in (5, 6)] == [0.9, last]
+    assert policy.discount(load_script("iql").TrainConfig(num_updates=5), {"step": 6}) == 0.99
+
+
 def test_what_has_no_critic_is_told_so(refused):
     trained("bc", env_id="auto")
     refused(policy, ["values", "bc", "--episodes", "1"], "bc.py has no Q(s, a)")

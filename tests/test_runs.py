@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -658,6 +659,43 @@ def test_wandb_keeps_its_page_on_resume(iql, monkeypatch):
         if "/" in name
     }
     assert {k: v for k, v in logged.items() if not k[1].startswith("time/")} == expected
+
+
+def test_a_start_without_wandb_is_made_again_from_the_same_checkpoint(iql, monkeypatch, capsys):
+    """No run is left there that would go on without it, from its first update."""
+    assert iql.main(words(run_dir="first", num_seeds=2)) == 0
+    argv = words(run_dir="run", checkpoint="first", num_updates=9, num_seeds=2)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert iql.main([*argv, "--wandb", "online"]) == 2
+    assert "use offline or disabled" in capsys.readouterr().err
+    assert iql.main(["--run_dir", "run", "--resume", "true"]) == 2
+    assert iql.main([*argv, "--resume", "true"]) == 0
+    assert json.loads(Path("run/environment.json").read_text())["checkpoint"] == "first"
+    assert min(row["update"] for row in rows("run/metrics.jsonl")) >= 6
+
+
+def test_the_command_to_go_on_is_one_that_a_shell_reads(iql, monkeypatch, capsys):
+    real, calls = iql.env_step, []
+
+    def patched(env, action=None, seed=None):
+        calls.append(None)
+        if len(calls) == 60:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(env, action, seed)
+
+    monkeypatch.setattr(iql, "env_step", patched)
+    assert iql.main(long(iql, run_dir="my  run's")) == 130
+    told = capsys.readouterr().err.splitlines()[-1].partition("to go on: ")[2]
+    assert shlex.split(told)[2:] == ["--run_dir", "my  run's", "--resume", "true"]
+
+
+def test_a_signal_before_the_run_says_that_it_stopped(iql, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(iql, "load_dataset", interrupted)
+    assert iql.main(long(iql)) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "error: stopped"
 
 
 def test_wandb_offline_needs_no_login_and_no_network(iql):

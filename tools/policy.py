@@ -132,14 +132,20 @@ def values(script, saved: dict, args) -> None:
         rows = [script.Agent.rows(agent, each) for each in played[first : first + seeds]]
         obs, action = (torch.stack([row[k][:1] for row in rows]) for k in ("obs", "action"))
         promised = q_values(agent, obs, action).mean((1, 2)).tolist()
-        rewards = [row["reward"].double().cpu() for row in rows]
-        earned = [(agent.cfg.gamma ** torch.arange(len(r)) * r).sum().item() for r in rewards]
+        rewards, gamma = [row["reward"].double().cpu() for row in rows], discount(agent.cfg, saved)
+        earned = [(gamma ** torch.arange(len(r)) * r).sum().item() for r in rewards]
         pairs.append(list(zip(promised, earned, strict=True)))
     means = np.mean(pairs, 0)  # [S, 2]
     names = [f"seed {seed}" for seed in agent.cfg.seeds] + [f"{seeds} seeds"]
     for name, (promised, earned) in zip(names, [*means, means.mean(0)], strict=True):
         print(f"{name}: promised {promised:.2f}, earned {earned:.2f}, {promised - earned:+.2f}")
     print(f"discounted rewards from the start of {episodes} episodes a seed; {spec.id}")
+
+
+def discount(cfg, saved: dict) -> float:
+    """That of the critics when they were saved: SPOT may have another one online."""
+    online = getattr(cfg, "online_gamma", None) if saved["step"] > cfg.num_updates else None
+    return cfg.gamma if online is None else online
 
 
 @torch.no_grad()
