@@ -329,7 +329,7 @@ def test_a_signal(monkeypatch, capsys, whole_of, number):
         before_update(patch, script, signals)
         assert script.main(line(script)) == 130
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"update {number};" in last and last.endswith("--run_dir run --resume true")
+    assert f"update {number};" in last and last.endswith("--run_dir 'run' --resume true")
     assert saved("run")["step"] == number
     assert script.main(RESUME) == 0
     assert places("run") == places(whole_of(script))

@@ -247,7 +247,7 @@ def test_resume_after_a_signal(whole_runs, monkeypatch, capsys, name, number, at
         before_update(patch, script, action)
         assert script.main(long(script)) == 130
     lines = capsys.readouterr().err.strip().splitlines()
-    assert f"update {at};" in lines[-1] and lines[-1].endswith("--run_dir run --resume true")
+    assert f"update {at};" in lines[-1] and lines[-1].endswith("--run_dir 'run' --resume true")
     assert signal.getsignal(number) == handler
     assert saved("run")["step"] == at
     assert not Path("run/result.json").exists()
@@ -358,7 +358,7 @@ def test_signals_to_processes(iql):
         if number == signal.SIGTERM:
             line = err.strip().splitlines()[-1]
             assert process.returncode == 130
-            assert line.endswith(f"python {iql.__file__} --run_dir SIGTERM --resume true")
+            assert line.endswith(f"python {iql.__file__} --run_dir 'SIGTERM' --resume true")
             assert f"stopped at update {saved('SIGTERM')['step']};" in line
         else:
             assert process.returncode == -number and saved("SIGKILL")["step"] >= 40
