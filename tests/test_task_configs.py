@@ -927,7 +927,7 @@ MAZE_SIZES = {"hidden_dim", "hidden_layers", "critic_hidden_layers", "vae_hidden
 MAZE_SIZES |= {"critic_hidden_dim", "behavior_updates", "warm_start"}
 MAZE_SIZES |= {"num_updates", "vae_updates", "bc_updates", "warmup_updates", "online_steps"}
 MAZE_SIZES |= {"eval_every", "eval_episodes"}
-MAZE_FOLDERS = "bc bc_10 dt iql awac cql cal_ql td3_bc rebrac spot fql xql brac".split()
+MAZE_FOLDERS = "bc bc_10 dt iql awac cql cal_ql td3_bc rebrac spot fql xql brac bcq edac".split()
 
 
 def test_the_maze_has_a_file_for_each_of_these():
