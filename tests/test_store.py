@@ -267,3 +267,6 @@ def test_the_committed_store_is_whole_and_small():
         files = [REPOSITORY / "benchmarks/results" / n / f"{name}.parquet" for n in store.SCHEMAS]
         assert sum(path.stat().st_size for path in files) < 60_000
     assert np.isfinite(results.episodes["score"]).all()
+    for name, schema in store.SCHEMAS.items():  # pandas takes the columns of the first file
+        found = pd.read_parquet(REPOSITORY / "benchmarks" / "results" / name)
+        assert found.columns.tolist() == schema.names
