@@ -358,6 +358,19 @@ def test_the_page_needs_nothing_else(tmp_path, monkeypatch):
     assert "L2_tau(u) = |tau - 1(u < 0)| u^2" in found.text and "D1" in found.text
 
 
+def test_a_suite_shows_the_same_algorithms_in_table_and_picture(tmp_path, monkeypatch):
+    """Also where one budget's name begins another's."""
+    monkeypatch.setattr(pictures, "svg", lambda *words, **_: " ".join(words[2]))
+    fake_run(tmp_path / "a", label="CQL")
+    for label in ("BC", "IQL"):
+        fake_run(tmp_path / label, CURVE, label=label, config={"online_steps": 30_000})
+    scores = numbers.read(tmp_path)
+    (suite,) = page.suites(scores, report.suite_tables(scores))
+    assert suite["title"] == "toy Toy, 10 + 30,000 online updates"
+    assert suite["images"] == [page.image(f"Performance profiles: {suite['title']}", "BC IQL")]
+    assert all(label in str(suite["table"]) for label in ("BC", "IQL"))
+
+
 def test_every_label_stands_in_the_legend(tmp_path):
     for label in ("_child1", "IQL"):
         fake_run(tmp_path / label, label=label)

@@ -66,8 +66,8 @@ def suites(scores: numbers.Scores, tables: dict) -> list[dict]:
     found = []
     known = numbers.compared(scores)
     for (name, *size), labels in known.items():
-        title = next((t for t in tables if t.startswith(f"{name}, {numbers.length(*size)} ")), None)
-        if title:
+        title = f"{name}, {numbers.length(*size)} updates"  # as suite_tables calls it
+        if title in tables:
             most = max(map(len, labels.values()))
             whole = {label: tasks for label, tasks in labels.items() if len(tasks) == most}
             drawn = pictures.svg(pictures.profiles, len(whole), whole, "performance profiles")
@@ -109,9 +109,9 @@ def algorithms(scores: numbers.Scores, table: pd.DataFrame) -> list[dict]:
         part |= {"images": [curves(key, rows, seeds=True) for key, rows in panels]}
         part |= {"alone": html(alone(runs["script"].iloc[-1]))}
         part |= {"speed": html(speed(rates, runs)), "settings": html(apart), "same": same}
-        pairs = zip(runs["data"], runs["updates"], runs["steps"], runs["command"], strict=True)
         part["commands"] = [
-            (f"{d}, {numbers.length(u, s)} updates", line) for d, u, s, line in pairs
+            (f"{r.data}, {numbers.length(r.updates, r.steps)} updates", r.command, r.commit or "")
+            for r in runs.itertuples()
         ]
         parts.append(part)
     return parts
