@@ -153,10 +153,10 @@ def test_the_exercises_themselves_can_begin(challenge):
         words = challenge.sweep_words(exercise, exercise.updates, Path("out"), args)
         jobs = challenge.sweep.plan(challenge.sweep.parse(words))
         assert [(job.algorithm, job.config["seed"]) for job in jobs] == [
-            ("bc", 0),
-            ("bc", 1),
             ("iql", 0),
             ("iql", 1),
+            ("bc", 0),
+            ("bc", 1),
         ]
         for job in jobs:
             assert job.config["dataset_id"].startswith("datasets/")

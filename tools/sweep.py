@@ -271,14 +271,16 @@ class Watch:
         self.pairs, self.skipped = list(zip(jobs, futures, strict=True)), skipped
         self.before = [job.done() for job in jobs]  # by earlier sweeps
         self.start, self.told = time.time(), 0.0
-        # Number of a job -> time, time, last error.
-        self.began, self.ended, self.errors = {}, {}, {}
+        # Number of a job -> time, (time, share done) of the first row, time, last error.
+        self.began, self.first, self.ended, self.errors = {}, {}, {}, {}
 
     def look(self) -> bool:
         """Note what has begun and ended; whether all have."""
         for i, (job, future) in enumerate(self.pairs):
             if i not in self.began and job.log.exists() and job.log.stat().st_mtime >= self.start:
                 self.began[i] = time.time()
+            if i in self.began and i not in self.first and job.done() > self.before[i]:
+                self.first[i] = time.time(), job.done()
             if i not in self.ended and future.done():
                 self.ended[i] = time.time()
                 error = outcome(future)
@@ -286,12 +288,17 @@ class Watch:
         return len(self.ended) == len(self.pairs)
 
     def seconds_left(self) -> float | None:
-        """From what the runs of an algorithm took for the share of their updates that is done."""
+        """From what the runs of an algorithm took for the share of their updates that is done.
+
+        The start of a run, in which it may compile, counts once it has ended.
+        """
         whole, shares = {}, [job.done() for job, _ in self.pairs]
         for i, began in self.began.items():
-            share = (1 if i in self.ended else shares[i]) - self.before[i]
+            over = i in self.ended
+            since, before = (began, self.before[i]) if over else self.first.get(i, (began, 1))
+            share = (1 if over else shares[i]) - before
             if share > 0 and i not in self.errors:
-                took = (self.ended.get(i, time.time()) - began) / share
+                took = (self.ended.get(i, time.time()) - since) / share
                 whole.setdefault(self.pairs[i][0].algorithm, []).append(took)
         if not whole:
             return None
