@@ -43,14 +43,21 @@ def test_what_scripts_write_is_reported(tmp_path):
     assert texts[0] == texts[1] and "at the switch" in texts[0]
 
 
-def test_scores_of_another_environment_say_so_in_every_table(tmp_path):
+MARKED = [
+    ({"environment_differs": "no pen is dropped"}, " (environment differs)"),
+    ({"command": ["iql.py", "--vae_hidden_dim", "64"]}, "°"),
+]
+
+
+@pytest.mark.parametrize("facts, shown", MARKED, ids=["environment", "size"])
+def test_a_run_that_is_not_as_its_config_says_so_in_every_table(tmp_path, facts, shown):
     for label in ("IQL", "BC"):
-        fake_run(tmp_path / label, environment_differs="no pen is dropped", label=label)
-    fake_run(tmp_path / "c", CURVE, environment_differs="x", config={"online_steps": 30_000})
+        fake_run(tmp_path / label, label=label, **facts)
+    fake_run(tmp_path / "c", CURVE, config={"online_steps": 30_000}, **facts)
     scores = numbers.read(tmp_path)
-    assert rows(tmp_path)[0]["last"] == "20.0 ± 10.0 (environment differs)"
+    assert rows(tmp_path)[0]["last"] == f"20.0 ± 10.0{shown}"
     tables = report.all_tables(scores)
-    tables["readme"], shown = report.main_tables(scores)["10"], "(environment differs)"
+    tables["readme"] = report.main_tables(scores)["10"]
     found = [tables[name] for name in ("overview", "runs", "online", "readme")]
     for table in (*found, *tables["suites"].values()):
         assert all(shown in str(row) for row in table.to_dict("records"))

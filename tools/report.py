@@ -14,6 +14,7 @@ of 1 - score/100 over all online evaluations. A suite's algorithms are compared 
 same number of updates: interquartile mean over tasks and seeds with its 95 % interval, and the
 probability that a seed of one is better than a seed of the other (tools/scores.py says how). A
 published figure stands beside a run on D4RL's own data in its environment and of its length only.
+°: the command line, not the config, gave the size of the networks.
 """
 
 import argparse
@@ -48,11 +49,12 @@ def named(label: str, number: int, unit: str = "score") -> str:
     return label + (f" ({number + 1})" if number else "") + (" (return)" if unit != "score" else "")
 
 
-def differs(scores, seeds: pd.DataFrame) -> str:
-    """The mark of scores from an environment that is not D4RL's own in substance."""
-    own = scores.runs["run"].isin(seeds["run"])
-    found = scores.runs.loc[own, "environment_differs"].notna().any()
-    return " (environment differs)" if found else ""
+def marks(scores, seeds: pd.DataFrame) -> str:
+    """Whether the command sized the networks, and the environment is not D4RL's in substance."""
+    own = scores.runs[scores.runs["run"].isin(seeds["run"])]
+    sized = own["command"].str.contains(r"--\w*hidden_").any()
+    found = own["environment_differs"].notna().any()
+    return ("°" if sized else "") + (" (environment differs)" if found else "")
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -83,7 +85,7 @@ def results_table(scores) -> pd.DataFrame:
             "algorithm": named(label, number, run["unit"]),
             "updates": length(*size),
             "seeds": str(len(seeds)),
-            "last": last + differs(scores, seeds),
+            "last": last + marks(scores, seeds),
             "best (oracle)": spread(seeds["best"]),
             "published": f"{known[0]:.1f} ({known[1]})" if known else "",
             "difference": f"{seeds['last'].mean() - known[0]:+.1f}" if known else "",
@@ -104,7 +106,7 @@ def overview_table(scores) -> pd.DataFrame:
         key, name = (*size, label, number, unit), named(label, number, unit)
         row = cells.setdefault(key, {"updates": length(*size), "algorithm": name})
         few = f" ({len(seeds)} seeds)" if len(seeds) != 4 else ""
-        row[names[data]] = spread(seeds["last"]) + few + differs(scores, seeds)
+        row[names[data]] = spread(seeds["last"]) + few + marks(scores, seeds)
         order.setdefault(key, []).append(seeds["last"].mean())
     keys = sorted(cells, key=lambda k: (k[1] > 0, -k[0] - k[1], -len(order[k]), np.mean(order[k])))
     if not keys:
@@ -131,7 +133,7 @@ def online_table(scores) -> pd.DataFrame:
                 "updates": length(updates, steps),
                 "at the switch": spread(whole["switch"]) if whole["switch"] else "",
                 "drop": spread(whole["drop"]) if whole["drop"] else "",
-                "last": spread(seeds["last"]) + differs(scores, seeds),
+                "last": spread(seeds["last"]) + marks(scores, seeds),
                 "regret": f"{np.mean(whole['regret']):.2f}" if whole["regret"] else "",
             }
         )
@@ -154,7 +156,7 @@ def suite_tables(scores) -> dict:
         for label, tasks in labels.items():
             ends = numbers.interval([*tasks.values()])
             mean = f"{numbers.iqm(*tasks.values()):.1f}"
-            mark = differs(scores, known[(suite, label, *size)])
+            mark = marks(scores, known[(suite, label, *size)])
             row = {"algorithm": label + mark, "tasks": f"{len(tasks)} of {wanted}"}
             row["IQM"] = mean + (f" [{ends[0]:.1f}, {ends[1]:.1f}]" if ends else "")
             for other, theirs in labels.items():
@@ -185,6 +187,7 @@ def readme_text(scores) -> str:
     counts = sorted({*scores.runs["final_eval_episodes"]})
     episodes = f"{counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "")
     text = f"Last policies, mean ± standard deviation over four seeds, {episodes} episodes each. "
+    text += "°: networks sized by the command, not the config. "
     text += "Other budgets, online, best policies, commits, suites: "
     text += "[report.md](benchmarks/results/report.md).\n"
     for budget, table in main_tables(scores).items():
