@@ -11,13 +11,14 @@ asked for means over all steps (s, a):
     Q          of the critics
     Bellman    (r + gamma (1 - terminated) min_i Q_i(s', pi(s')) - Q(s, a))^2
     distance   |pi(s) - a|^2, of actions in [-1, 1]
-    log std    of the Gaussian that explores, where there is one
+    log std    of a Gaussian policy, before the tanh of those that have one
 
-Worse numbers on held-out episodes are over-fitting; where they are equal, a decline has another
-cause.
+Worse numbers on held-out episodes are over-fitting. Equal ones speak against it, at the data's own
+actions; of other actions they say nothing.
 """
 
 import argparse
+import dataclasses
 import functools
 import importlib
 import json
@@ -30,7 +31,7 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TRAIN, HELD = "train-v0", "held-v0"
-SMALL = 1e-3  # standard deviations, by which an action moves within its bounds
+PART = 1000  # steps at once: BCQ rates a hundred actions of each
 sys.path.append(str(REPOSITORY / "tools"))
 policy = importlib.import_module("policy")
 
@@ -38,24 +39,31 @@ policy = importlib.import_module("policy")
 def split(frame, source: Path, place: Path) -> None:
     """Copy a dataset's episodes into two, as they are."""
     storage, about = source / "data" / "main_data.hdf5", source / "data" / "metadata.json"
-    frame.check(storage.is_file() and about.is_file(), f"{source} is no folder of a Minari dataset")
+    there = storage.is_file() and about.is_file()
+    frame.check(
+        there, f"{source} is no folder of a Minari dataset, with {storage.name} in its data"
+    )
     parts = [place / TRAIN, place / HELD]
-    frame.check(not any(part.exists() for part in parts), f"{place} has both already, or one")
-    metadata = json.loads(about.read_bytes())
-    metadata.pop("fingerprint", None)  # of all episodes
     for part in parts:
-        partial = part.with_name(f".{part.name}.part")
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "data").mkdir(parents=True)
-        count, steps = copy(storage, partial / "data" / storage.name, part.name == HELD)
-        own = {"dataset_id": f"held-out/{part.name}", "total_episodes": count, "total_steps": steps}
-        (partial / "data" / about.name).write_text(json.dumps({**metadata, **own}))
-        partial.rename(part)
-        print(f"{part}: {count} episodes, {steps:,} steps")
+        frame.check(not part.exists(), f"{part} exists: remove it or name another DIR")
+    with frame.explained(f"{source} cannot be read"):
+        metadata = json.loads(about.read_bytes())
+        metadata.pop("fingerprint", None)  # of all episodes
+        with h5py.File(storage) as file:
+            frame.check(len(file) >= 10, f"{source} has fewer than ten episodes: none is held out")
+        for part in parts:
+            partial = part.with_name(f".{part.name}.part")
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / "data").mkdir(parents=True)
+            sizes = copy(storage, partial / "data" / storage.name, part.name == HELD)
+            own = {"dataset_id": f"held-out/{part.name}", **sizes}
+            (partial / "data" / about.name).write_text(json.dumps({**metadata, **own}))
+        for part in parts:
+            part.with_name(f".{part.name}.part").rename(part)
 
 
-def copy(source: Path, target: Path, held: bool) -> tuple[int, int]:
-    """Every tenth episode, or all others; their number and that of their steps."""
+def copy(source: Path, target: Path, held: bool) -> dict:
+    """Every tenth episode, or all others; how many, and how many steps."""
     count = steps = 0
     with h5py.File(source) as old, h5py.File(target, "w") as new:
         for i in range(len(old)):
@@ -63,60 +71,62 @@ def copy(source: Path, target: Path, held: bool) -> tuple[int, int]:
                 old.copy(f"episode_{i}", new, name=f"episode_{count}")
                 new[f"episode_{count}"].attrs["id"] = count
                 count, steps = count + 1, steps + len(old[f"episode_{i}/rewards"])
-    return count, steps
+    return {"total_episodes": count, "total_steps": steps}
 
 
 @torch.no_grad()
-def ask(script, agent, folder: Path) -> list:
-    """(Q, Bellman, distance, log std) of each member on the dataset in a folder."""
-    cfg, seeds = agent.cfg, agent.cfg.num_seeds
-    episodes = script.load_dataset(script.dataclasses.replace(cfg, dataset_id=str(folder)))[0]
-    cut = {"obs": slice(-1), "next_obs": slice(1, None)}
-    raw = {k: torch.cat([torch.as_tensor(e["obs"][s]) for e in episodes]) for k, s in cut.items()}
-    rows = [agent.rows(episode) for episode in episodes]
-    names = ("action", "reward", "terminated")
-    raw |= {k: torch.cat([torch.as_tensor(row[k]) for row in rows]) for k in names}
-    many = {k: v.float().expand(seeds, *v.shape) for k, v in raw.items()}
-    value = functools.partial(policy.q_values, agent)
-    own, after = (agent.unit_action(agent.act(many[k])) for k in cut)
-    q = value(agent.normalize(many["obs"]), many["action"])  # [S, critics, N]
-    best = value(agent.normalize(many["next_obs"]), after).amin(1)
-    target = many["reward"] + cfg.gamma * (1 - many["terminated"]) * best
-    distance = (own - many["action"]).square().sum(-1)
-    found = [q.mean(1), (target[:, None] - q).square().mean(1), distance, log_std(agent, many, own)]
-    return torch.stack([x.mean(-1) for x in found], 1).tolist()
+def ask(agent, gamma: float, episodes: list) -> list:
+    """(Q, Bellman, distance, log std) of each member, means over the steps of some episodes."""
+    table = agent.table(episodes)
+    names = ("obs", "action", "reward", "next_obs", "terminated")
+    parts = zip(*(table[name].split(PART) for name in names), strict=True)
+    sums = sum(totals(agent, gamma, *part) for part in parts)
+    return (sums / len(table["reward"])).T.tolist()
 
 
-def log_std(agent, many: dict, own: torch.Tensor) -> torch.Tensor:
-    """[S, N], NaN where no policy draws: how far a small noise moves its actions."""
-    if not hasattr(agent, "explore"):
-        return torch.full(own.shape[:2], torch.nan)
-    moved = agent.unit_action(
-        agent.explore(many["obs"], torch.full_like(own, -SMALL).copysign(-own))
-    )
-    return ((moved - own).abs() / SMALL).log().mean(-1)
+def totals(agent, gamma, obs, action, reward, next_obs, terminated) -> torch.Tensor:
+    """Of N steps, rows of the table: [4, S] sums over them."""
+    seeds = agent.cfg.num_seeds
+    obs, action, next_obs = (x.expand(seeds, *x.shape) for x in (obs, action, next_obs))
+    raw = (x * agent.obs_std + agent.obs_mean for x in (obs, next_obs))
+    own, after = (agent.unit_action(agent.act(x)) for x in raw)
+    q = policy.q_values(agent, obs, action)  # [S, critics, N]
+    best = policy.q_values(agent, next_obs, after).amin(1)
+    target = reward + gamma * (1 - terminated) * best
+    found = [q.mean(1), (target[:, None] - q).square().mean(1), (own - action).square().sum(-1)]
+    found.append(log_std(agent, obs).mean(-1).expand_as(best))
+    return torch.stack([x.double().sum(-1) for x in found])
+
+
+def log_std(agent, obs: torch.Tensor) -> torch.Tensor:
+    """[S, N or 1, act_dim], of normalised obs; NaN where the policy is no Gaussian."""
+    actor = getattr(agent, "actor", None)
+    if hasattr(actor, "log_std"):  # IQL's, of all states
+        return actor.log_std
+    given = actor(obs) if type(actor).__name__.endswith("Policy") else None
+    return given[1] if isinstance(given, tuple) else obs.new_full((len(obs), 1, 1), torch.nan)
 
 
 def table(frame, run: Path, errors: list) -> str:
     """Two rows for each seed of a run."""
     script, saved = policy.opened(frame, run, errors)
-    train = Path(saved["config"]["dataset_id"])
-    held = train.with_name(HELD)
-    there = train.name == TRAIN and held.is_dir()
-    frame.check(
-        there, f"{run} is of {train}: train it on {TRAIN} of `split`, which lies beside {HELD}"
-    )
     agent = policy.restore(script, saved)
     right = hasattr(agent, "q") and hasattr(agent, "critic")
     frame.check(right, f"{script.__name__}.py has no Q(s, a) of one action to ask")
-    found, lines = [ask(script, agent, folder) for folder in (train, held)], ""
+    train = script.find_dataset(agent.cfg).parent
+    held, mend = train.with_name(HELD), f"train it on {TRAIN} of `split`, which lies beside {HELD}"
+    frame.check(train.name == TRAIN and held.is_dir(), f"{run} is of {train}: {mend}")
+    config = functools.partial(dataclasses.replace, agent.cfg)
+    both = [script.load_dataset(config(dataset_id=str(place))) for place in (train, held)]
+    same = both[0][2]["fingerprint"] == saved["about"].get("fingerprint")
+    frame.check(same, f"{train} is not what {run} was trained on: {mend}")
+    gamma, lines = policy.discount(agent.cfg, saved), ""
+    found = [ask(agent, gamma, episodes) for episodes, *_ in both]
+    label, updates = saved["about"]["label"], f"{saved['step']:,}"
     for i, seed in enumerate(agent.cfg.seeds):
         for name, rows in zip(("trained", "held out"), found, strict=True):
-            q, bellman, distance, spread = rows[i]
-            values = f"{q:.2f} | {bellman:.4f} | {distance:.3f} | {spread:.2f}"
-            lines += (
-                f"| {saved['about']['label']} | {seed} | {saved['step']:,} | {name} | {values} |\n"
-            )
+            cells = "{:.2f} | {:.4f} | {:.3f} | {:.2f}".format(*rows[i])
+            lines += f"| {label} | {seed} | {updates} | {name} | {cells} |\n"
     return lines
 
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import h5py
 import minari
 import numpy as np
 import pytest
@@ -18,6 +19,21 @@ TINY = {"num_updates": 2, "num_seeds": 2, "hidden_dim": 8, "env_id": "none"}
 def parts():
     assert held_out.main(["split", str(MAZE), "parts"]) == 0
     return [Path("parts") / name for name in (held_out.TRAIN, held_out.HELD)]
+
+
+@pytest.fixture
+def small(parts):
+    """A set of twenty episodes, split; of each third one the end is not known."""
+    for part, count in zip(parts, (18, 2), strict=True):
+        with h5py.File(part / "data/main_data.hdf5", "r+") as file:
+            for i in range(len(file)):
+                if i >= count:
+                    del file[f"episode_{i}"]
+                elif i % 3 == 1:
+                    file[f"episode_{i}/observations"][-1] = np.nan
+        path = part / "data/metadata.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "total_episodes": count}))
+    return parts
 
 
 def read(folder):
@@ -68,8 +84,31 @@ def test_both_parts_are_asked(parts, capsys):
             assert found == pytest.approx([float(x[seed]) for x in wanted], abs=0.006)
 
 
-def test_what_is_refused(parts, refused):
-    refused(held_out, ["split", str(MAZE), "parts"], "parts has both")
+SCRIPTS = ("awac", "rebrac", "fql", "cal_ql", "bcq", "spot")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_kind_of_policy_and_table(name, small, capsys):
+    """Rows that are left out, several actions a state, no Gaussian; an end that is not known."""
+    script = load_script(name)
+    changes = {"dataset_id": str(small[0]), "run_dir": "run", **TINY}
+    assert (
+        script.main(words(**{k: v for k, v in changes.items() if hasattr(script.TrainConfig, k)}))
+        == 0
+    )
+    capsys.readouterr()
+    assert held_out.main(["ask", "run"]) == 0
+    rows = [
+        x.strip("|").split(" | ")[4:] for x in capsys.readouterr().out.splitlines() if x[:1] == "|"
+    ]
+    values = np.array([[float(cell.strip(" |")) for cell in row] for row in rows[2:]])
+    assert values.shape == (4, 4) and np.isfinite(values[:, :3]).all()
+    assert np.isfinite(values[:, 3]).all() == (name in ("awac", "cal_ql"))
+
+
+def test_what_is_refused(small, parts, refused):
+    refused(held_out, ["split", str(small[1]), "more"], "fewer than ten")
+    refused(held_out, ["split", str(MAZE), "parts"], "parts/train-v0 exists")
     refused(held_out, ["split", "parts", "other"], "parts is no folder")
     refused(held_out, ["ask", "nowhere"], "nowhere")
     refused(held_out, [], "way")
@@ -77,3 +116,10 @@ def test_what_is_refused(parts, refused):
     refused(held_out, ["ask", "other"], "is of", "train-v0")
     load_script("bc").main(words(dataset_id=str(parts[0]), run_dir="clone", **TINY))
     refused(held_out, ["ask", "clone"], "bc.py has no Q(s, a)")
+    clone = Path("parts") / held_out.TRAIN / "data/metadata.json"
+    load_script("td3_bc").main(words(dataset_id=str(parts[0]), run_dir="run", **TINY))
+    with h5py.File(clone.with_name("main_data.hdf5"), "r+") as file:
+        file["episode_0/rewards"][0] = 5
+    refused(held_out, ["ask", "run"], "is not what run was trained on")
+    clone.write_text("{")
+    refused(held_out, ["split", str(parts[0]), "more"], "cannot be read", "JSONDecodeError")

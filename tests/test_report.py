@@ -198,6 +198,8 @@ def test_joined_runs_name_each_commit(tmp_path, capsys):
     (row,) = rows(tmp_path)
     assert (row["seeds"], row["commit"]) == ("4", "aaaaaaaa, bbbbbbbb-dirty, unknown")
     assert not capsys.readouterr().err
+    text = page.build(numbers.read(tmp_path), report.all_tables(numbers.read(tmp_path)))
+    assert all(f"commit <code>{x}</code>" in text for x in ("bbbbbbbb-dirty", "unknown"))
 
 
 def test_the_overview_has_a_row_an_algorithm_and_a_column_a_dataset(tmp_path):

@@ -430,6 +430,24 @@ def test_the_time_that_is_left(sweep, monkeypatch):
     assert watch.seconds_left() == pytest.approx((40 + 20 + 100 + 100) / 2)
 
 
+def test_a_run_that_is_cut_back_to_its_checkpoint_is_timed_from_there(sweep, monkeypatch):
+    """Killed at 90 %, it goes on at 30 %; then it fails at 60 % and is tried again: 10 s a row."""
+    job, now = stand_in(sweep, "a"), time.time()
+    monkeypatch.setattr(sweep.time, "time", lambda: now)
+    job.folder.mkdir(parents=True)
+    rows = job.folder / "metrics.jsonl"
+    rows.write_text('{"update": 9}\n')
+    watch = sweep.Watch([job], [Future()], 0)
+    job.log.write_text("")
+    os.utime(job.log, (now, now))
+    for update, left in ((3, None), (4, None), (5, 50), (6, 40), (0, None), (1, None), (2, 80)):
+        rows.write_text(f'{{"update": {update}}}\n')
+        assert not watch.look()
+        if left:
+            assert watch.seconds_left() == pytest.approx(left)
+        now += 10
+
+
 def test_a_row_that_is_being_written_is_no_progress_yet(sweep):
     job = stand_in(sweep, "a")
     assert job.done() == 0

@@ -110,8 +110,8 @@ def algorithms(scores: numbers.Scores, table: pd.DataFrame) -> list[dict]:
         part |= {"alone": html(alone(runs["script"].iloc[-1]))}
         part |= {"speed": html(speed(rates, runs)), "settings": html(apart), "same": same}
         part["commands"] = [
-            (f"{r.data}, {numbers.length(r.updates, r.steps)} updates", r.command, r.commit or "")
-            for r in runs.itertuples()
+            (f"{run['data']}, {numbers.length(run['updates'], run['steps'])} updates", run)
+            for run in store.records(runs.assign(commit=runs["commit"].map(numbers.short)))
         ]
         parts.append(part)
     return parts
@@ -162,7 +162,7 @@ def speed(rates: dict, runs: pd.DataFrame) -> pd.DataFrame:
         row |= {"training, min": f"{run['seconds'] / 60:.0f}", "machine": run["machine"]}
         row |= {
             "threads": f"{run['threads']:.0f}" if run["threads"] else "",
-            "commit": (run["commit"] or "")[:8],
+            "commit": numbers.short(run["commit"]),
         }
         row |= {"versions": ", ".join(f"{n} {v}" for n, v in versions.items())}
         rows.append(row)

@@ -28,7 +28,7 @@ import page
 import pandas as pd
 import pictures
 import scores as numbers
-from scores import GROUP, length
+from scores import GROUP, length, short
 from store import RESULTS, Parser, StoreError
 
 BEGIN, END = "<!-- results: written by tools/report.py -->", "<!-- end of results -->"
@@ -37,11 +37,6 @@ BEGIN, END = "<!-- results: written by tools/report.py -->", "<!-- end of result
 def spread(values) -> str:
     values = list(values)
     return f"{np.mean(values):.1f} ± {np.std(values):.1f}"
-
-
-def short(commit) -> str:
-    commit = commit if isinstance(commit, str) else "unknown"
-    return commit[:8] + ("-dirty" if commit.endswith("-dirty") else "")
 
 
 def named(label: str, number: int, unit: str = "score") -> str:

@@ -107,6 +107,11 @@ def length(updates: int, steps: int) -> str:
     return f"{updates:,}" + (f" + {steps:,} online" if steps else "")
 
 
+def short(commit) -> str:
+    commit = commit if isinstance(commit, str) else "unknown"
+    return commit[:8] + ("-dirty" if commit.endswith("-dirty") else "")
+
+
 @functools.cache
 def tasks() -> pd.DataFrame:
     return pd.read_csv(store.REPOSITORY / "datasets" / "tasks.csv")

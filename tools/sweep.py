@@ -279,8 +279,11 @@ class Watch:
         for i, (job, future) in enumerate(self.pairs):
             if i not in self.began and job.log.exists() and job.log.stat().st_mtime >= self.start:
                 self.began[i] = time.time()
-            if i in self.began and i not in self.first and job.done() > self.before[i]:
-                self.first[i] = time.time(), job.done()
+            if i in self.began and i not in self.ended:
+                share = job.done()
+                self.before[i] = min(self.before[i], share)  # cut back to its checkpoint
+                if share > self.before[i] and share < self.first.get(i, (0, 2))[1]:
+                    self.first[i] = time.time(), share
             if i not in self.ended and future.done():
                 self.ended[i] = time.time()
                 error = outcome(future)
