@@ -40,9 +40,7 @@ def split(frame, source: Path, place: Path) -> None:
     """Copy a dataset's episodes into two, as they are."""
     storage, about = source / "data" / "main_data.hdf5", source / "data" / "metadata.json"
     there = storage.is_file() and about.is_file()
-    frame.check(
-        there, f"{source} is no folder of a Minari dataset, with {storage.name} in its data"
-    )
+    frame.check(there, f"{source} is no folder of a Minari dataset (data/{storage.name})")
     parts = [place / TRAIN, place / HELD]
     for part in parts:
         frame.check(not part.exists(), f"{part} exists: remove it or name another DIR")

@@ -267,10 +267,9 @@ def solve(name: str, args) -> int:
     code = sweep.main(words)
     if code:
         return code
-    jobs = sorted(
-        sweep.plan(sweep.parse(words)), key=lambda job: [*ALGORITHMS].index(job.algorithm)
-    )
-    evidence = gather({(ALGORITHMS[x.algorithm], x.config["seed"]): x.folder for x in jobs})
+    jobs = {(x.algorithm, x.config["seed"]): x.folder for x in sweep.plan(sweep.parse(words))}
+    order = sorted(jobs, key=lambda run: ([*ALGORITHMS].index(run[0]), run[1]))
+    evidence = gather({(ALGORITHMS[name], seed): jobs[name, seed] for name, seed in order})
     text = f"{head}\n\n{answer(exercise, evidence)}\n"
     (out / "answer.txt").write_text(f"{text}\n{WHY}\n", encoding="utf-8")
     first = questions(evidence)[0].partition(" (")[0]

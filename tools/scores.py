@@ -108,6 +108,7 @@ def length(updates: int, steps: int) -> str:
 
 
 def short(commit) -> str:
+    """Eight digits of a commit, and whether files were changed since."""
     commit = commit if isinstance(commit, str) else "unknown"
     return commit[:8] + ("-dirty" if commit.endswith("-dirty") else "")
 
