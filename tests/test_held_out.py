@@ -1,6 +1,7 @@
 """benchmarks/held_out.py: the split, and what is asked of a run on both parts."""
 
 import json
+import types
 from pathlib import Path
 
 import h5py
@@ -82,6 +83,17 @@ def test_both_parts_are_asked(parts, capsys):
         for seed in range(2):
             found = [float(cell) for cell in rows[2 * seed + part][4:]]
             assert found == pytest.approx([float(x[seed]) for x in wanted], abs=0.006)
+
+
+def test_an_end_has_no_value_behind_it():
+    """Of critics x and x + 1 and a policy of 0.5: one step that goes on, one that ends."""
+    agent = types.SimpleNamespace(cfg=types.SimpleNamespace(num_seeds=2), critic=None)
+    agent.obs_std, agent.obs_mean, agent.unit_action = 2.0, 1.0, lambda x: x
+    agent.act = lambda obs: torch.full_like(obs, 0.5)
+    agent.q = lambda *args: torch.stack([args[1][..., 0], args[1][..., 0] + 1], 1)
+    columns = ([[3.0], [3.0]], [[0.5], [1.0]], [1.0, 1.0], [[5.0], [5.0]], [0.0, 1.0])
+    found = held_out.totals(agent, 0.5, *map(torch.tensor, columns))
+    assert found[:3].T.tolist() == [[7.0, 0.25 + 6.5, 0.25]] * 2 and found[3].isnan().all()
 
 
 SCRIPTS = ("awac", "rebrac", "fql", "cal_ql", "bcq", "spot")
